@@ -1,0 +1,27 @@
+"""A reproduction kit for *To be Robust or to be Fair* (Xu et al., ICML 2021).
+
+Data flows one way: ``data`` -> ``models`` -> ``attacks`` -> ``training`` -> ``evaluation`` -> ``claims`` and
+``figures``; ``theory`` stands alone. The numbered notebooks are prose, parameters and calls to these modules.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# The one place that names the public repository; the notebooks' badges and set-up cells repeat it (a test compares).
+REPOSITORY = "https://github.com/frlkit/frlkit"
+
+_checkout = Path(__file__).resolve().parents[1]
+#: Where ``checkpoints/``, ``figures/`` and ``data/`` live: the checkout that holds this package, or, for a kit
+#: installed without its checkout, the working directory.
+PROJECT = _checkout if (_checkout / "notebooks").is_dir() else Path.cwd()
+
+
+class KitError(ValueError):
+    """Bad input, said in one sentence: the value, what is allowed, the fix.
+
+    Notebooks and the command line show that sentence alone, without a traceback.
+    """
+
+    def _render_traceback_(self) -> list[str]:  # IPython's hook for an exception's display
+        return [f"{type(self).__name__}: {self}"]

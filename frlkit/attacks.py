@@ -1,0 +1,188 @@
+"""Projected gradient descent (PGD), the attack that trains, evaluates and, one radius per sample, remargins.
+
+Radii and step sizes are in the images' own unit, [0, 1]: write ``8 / 255``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frlkit import KitError, kernels
+
+LOSSES = ("ce", "kl", "margin")
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    *,
+    random_start: bool | str = True,
+    restarts: int = 1,
+    loss: str = "ce",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Maximise a loss within the l-infinity ball around each image, by signed gradient steps (Madry et al., 2018).
+
+    Each step is ``x' <- clip(x' + step_size * sign(d loss / d x'))`` onto [max(0, x - eps), min(1, x + eps)]. The model
+    runs in eval mode; afterwards its mode and its parameters' ``requires_grad`` are as before, and no gradient has
+    reached a parameter.
+
+    Parameters
+    ----------
+    model : network from images to logits (N, C)
+    x : (N, channels, height, width), floats in [0, 1]
+    y : (N,), int64 labels; with ``loss="kl"`` only their number counts
+    eps, step_size : radius and step in [0, 1], a number or one value per sample, (N,)
+    steps : number of steps, 0 or more
+    random_start : True starts uniformly in the ball, False at x, "gaussian" at x + 0.001 * normal noise (TRADES)
+    restarts : tries with fresh starts; each sample keeps the try with the largest margin (``kl``: largest divergence)
+    loss : "ce" cross-entropy; "kl" KL(p(x) || p(x')), the TRADES attack; "margin" max of the other logits - logit of y
+    generator : where the starts come from; None is torch's global generator
+
+    Returns
+    -------
+    Tensor
+        Adversarial batch, shape of x, inside [max(0, x - eps), min(1, x + eps)]; where eps is 0 it is x itself.
+
+    Raises
+    ------
+    KitError
+        A value out of range, named.
+    """
+    eps, step_size = _check(x, y, eps, step_size, steps, random_start, restarts, loss)
+    low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
+    with _attacking(model):
+        targets = _logits(model, x).softmax(1) if loss == "kl" else y
+        best = best_score = None
+        for _ in range(restarts):
+            adversarial = _start(x, eps, random_start, generator).clamp(low, high)
+            adversarial = _ascend(model, x, adversarial, targets, eps, step_size, steps, loss, (low, high))
+            if restarts == 1:
+                return adversarial
+            score = objective(_logits(model, adversarial), targets, "margin" if loss == "ce" else loss)
+            if best is None:
+                best, best_score = adversarial, score
+            else:
+                better = score > best_score
+                best, best_score = torch.where(_column(better), adversarial, best), torch.maximum(score, best_score)
+    return best
+
+
+def objective(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
+    """The attacked loss of each sample, (N,): see `pgd`. `targets` are labels, or p(x), (N, C), for "kl"."""
+    if loss == "ce":
+        return F.cross_entropy(logits, targets, reduction="none")
+    if loss == "kl":
+        return F.kl_div(logits.log_softmax(1), targets, reduction="none").sum(1)
+    own = logits.gather(1, targets[:, None])
+    others = logits.scatter(1, targets[:, None], -math.inf)
+    return others.amax(1) - own.squeeze(1)
+
+
+def _ascend(
+    model: nn.Module,
+    x: Tensor,
+    adversarial: Tensor,
+    targets: Tensor,
+    eps: Tensor,
+    step_size: Tensor,
+    steps: int,
+    loss: str,
+    ball: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The steps from a given start, through the native kernel where it serves this model."""
+    if kernels.available(model):
+        return kernels.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
+    for _ in range(steps):
+        adversarial = adversarial.requires_grad_()
+        with torch.enable_grad():
+            total = objective(model(adversarial), targets, loss).sum()
+        (gradient,) = torch.autograd.grad(total, adversarial)
+        adversarial = torch.addcmul(adversarial.detach(), step_size, gradient.sign()).clamp_(*ball)
+    return adversarial
+
+
+def _start(x: Tensor, eps: Tensor, random_start: bool | str, generator: torch.Generator | None) -> Tensor:
+    if random_start is False:
+        return x.clone()
+    noise = torch.empty_like(x)
+    if random_start == "gaussian":
+        return x + noise.normal_(std=0.001, generator=generator)
+    return x + eps * noise.uniform_(-1, 1, generator=generator)
+
+
+@contextlib.contextmanager
+def _attacking(model: nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters inside; every module's mode and every flag restored outside, come what may."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad in flags.items():
+            parameter.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _check(
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    random_start: bool | str,
+    restarts: int,
+    loss: str,
+) -> tuple[Tensor, Tensor]:
+    """Refuse bad input by name; return eps and step_size as columns, (N, 1, 1, 1)."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise KitError(f"x of shape {tuple(x.shape)}, {x.dtype}: an attack takes floats (N, channels, height, width)")
+    if x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
+        raise KitError(
+            f"x has values from {x.min():g} to {x.max():g}: images must lie in [0, 1], without normalisation"
+        )
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise KitError(f"y of shape {tuple(y.shape)}, {y.dtype}: give one int64 label for each of the {len(x)} images")
+    if loss not in LOSSES:
+        raise KitError(f"loss = {loss!r} is unknown: use one of {', '.join(LOSSES)}")
+    if random_start not in (True, False, "gaussian"):
+        raise KitError(f"random_start = {random_start!r}: use True, False or 'gaussian'")
+    for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise KitError(f"{name} = {value!r}: use a whole number, {least} or more")
+    return _per_sample("eps", eps, x), _per_sample("step_size", step_size, x)
+
+
+def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    try:
+        column = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise KitError(f"{name} = {value!r}: use a number in [0, 1], such as 8 / 255, or one per image") from None
+    if column.shape not in ((), x.shape[:1]):
+        raise KitError(
+            f"{name} has shape {tuple(column.shape)}: use a number or one value for each of the {len(x)} images"
+        )
+    if not bool((column.isfinite() & (column >= 0)).all()):
+        raise KitError(f"{name} = {value!r}: every value must be finite and 0 or more, in [0, 1] units such as 8 / 255")
+    return _column(column.expand(len(x)))

@@ -1,0 +1,140 @@
+"""One atomic file after every epoch, and the three files of a finished run.
+
+A state is a nested dictionary of tensors, numbers, text and lists. It is written to a temporary file in the same
+folder, flushed to disk and renamed, and the generation before it is kept, so a crash at any moment leaves a whole
+file. It carries a digest of its own content, so damage is noticed, and is read with ``weights_only=True``, so that a
+file from a stranger cannot run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frlkit import KitError
+
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    AttributeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+def digest(state: Any) -> str:
+    """SHA-256 of a state's content: key names, values, and tensors bit for bit."""
+    total = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous()
+            total.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+            total.update(flat.view(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        elif isinstance(value, Mapping):
+            for key in value:
+                total.update(f"{{{key!r}:".encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            total.update(f"[{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            total.update(f"{value!r};".encode())
+
+    add(state)
+    return total.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) -> None:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files private
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomically` for JSON; NaN and infinity are refused rather than written as invalid JSON."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def save(path: Path, state: Mapping[str, Any], *, keep_previous: bool = False) -> None:
+    """Write a state to `path`; with `keep_previous` the file that was there becomes `previous(path)`."""
+    buffer = io.BytesIO()
+    torch.save({**state, "digest": digest(state)}, buffer)
+    write_atomically(path, buffer.getvalue(), keep=previous(path) if keep_previous else None)
+
+
+def previous(path: Path) -> Path:
+    """Where the generation before `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a file that `save` wrote. Raises `KitError` where it is damaged, foreign, or more than plain data."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        found = state.pop("digest")
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise KitError(f"{path} cannot be read as a checkpoint of this kit ({reason})") from None
+    if digest(state) != found:
+        raise KitError(f"{path} is damaged: its content does not match its own digest")
+    return state
+
+
+def resume(path: Path, config: Mapping[str, Any], device: str | torch.device = "cpu") -> dict[str, Any] | None:
+    """The newest whole generation, or None where there is none.
+
+    A damaged file is moved aside (``*.damaged``) with a warning, and the generation before it is used. Raises
+    `KitError` where the checkpoint was made under another configuration, naming the fields that differ.
+    """
+    for stale in path.parent.glob(f"{path.name}*.tmp"):  # a write that a kill cut short
+        stale.unlink(missing_ok=True)
+    for candidate in (path, previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            state = read(candidate, device)
+        except KitError as error:
+            aside = candidate.with_name(candidate.name + ".damaged")
+            os.replace(candidate, aside)
+            warnings.warn(f"{error}; kept as {aside.name}, going on from the generation before it", stacklevel=2)
+            continue
+        refuse_other(candidate, state.get("config", {}), config)
+        return state
+    return None
+
+
+def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `KitError` naming each configuration field in which a run's file differs from the run that is asked for."""
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        fields = ", ".join(f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here" for name in names)
+        raise KitError(f"{path} belongs to another run: {fields}; choose another folder, or delete that one")

@@ -1,0 +1,47 @@
+"""Claims tables: claim, evidence, verdict. A notebook shows one; ``python -m frlkit reproduce`` collects them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+from IPython.display import display
+
+from frlkit import KitError
+
+VERDICTS = ("confirmed", "partly", "refuted", "not tested")
+MIME = "application/vnd.frlkit.claims+json"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row: what was claimed (and by whom), the numbers that bear on it, and what they say (one of `VERDICTS`)."""
+
+    claim: str
+    evidence: str
+    verdict: str
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise KitError(f"verdict = {self.verdict!r}: use one of {', '.join(VERDICTS)}")
+
+
+def show(title: str, claims: list[Claim]) -> None:
+    """Display the table in a notebook: HTML, plain text, and a machine-readable copy that `from_notebook` finds."""
+    rows = [asdict(claim) for claim in claims]
+    with pd.option_context("display.max_colwidth", None):
+        html = pd.DataFrame(rows).to_html(index=False, border=0)
+    display({"text/html": html, "text/plain": plain(rows), MIME: {"title": title, "claims": rows}}, raw=True)
+
+
+def plain(rows: list[dict[str, str]]) -> str:
+    """The table as lines of text, verdict first, for a terminal."""
+    return "\n".join(f"{row['verdict']:>10} | {row['claim']}\n{'':>10} | {row['evidence']}" for row in rows)
+
+
+def from_notebook(cells: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every claims table among an executed notebook's cells, as {"title", "claims"} dictionaries."""
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]

@@ -1,0 +1,200 @@
+"""Class-wise natural, boundary and robust error, and the records they are kept in.
+
+A sample counts as boundary error when it is right clean and wrong attacked, so R_rob = R_nat + R_bdy, class by class
+(Zhang et al., 2019; the paper's Eq. 16). Errors are fractions in code and per cent in tables.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from frlkit import KitError, __version__, checkpoint, kernels
+from frlkit.attacks import LOSSES, pgd
+from frlkit.data import Dataset, Split
+
+BATCH = 1000  # images attacked at a time; a sample's random start depends on it
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An evaluation attack; radius and step in 1/255, `seed` for its random starts."""
+
+    eps_255: float = 8.0
+    step_255: float = 2.0
+    steps: int = 20
+    restarts: int = 1
+    loss: str = "ce"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("eps_255", 0, 255), ("step_255", 0, 255), ("steps", 0, 10**6), ("restarts", 1, 10**6)):
+            value = getattr(self, name)
+            whole = name in ("steps", "restarts")
+            kinds = int if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                raise KitError(f"{name} = {value!r}: use a {'whole ' if whole else ''}number from {low} to {high}")
+        if self.loss not in LOSSES:
+            raise KitError(f"loss = {self.loss!r} is unknown: use one of {', '.join(LOSSES)}")
+
+    def __str__(self) -> str:
+        extra = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        loss = "" if self.loss == "ce" else f", {self.loss} loss"
+        return f"PGD-{self.steps} at {self.eps_255:g}/255, step {self.step_255:g}/255{extra}{loss}"
+
+
+#: What every finished run is measured with: the stated radius, and the report's actual one.
+STANDARD = (Attack(eps_255=8.0), Attack(eps_255=16.0))
+
+
+@dataclass(frozen=True)
+class ClassErrors:
+    """Class-wise errors as fractions, each (C,): natural, robust, and the test images of each class."""
+
+    natural: np.ndarray
+    robust: np.ndarray
+    counts: np.ndarray
+    confusion: np.ndarray  # (C, C): true class by class predicted under attack, in images
+
+    @property
+    def boundary(self) -> np.ndarray:
+        return self.robust - self.natural
+
+
+def stream(*keys: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A random generator that depends on whole numbers alone, such as (seed, epoch): no state is carried over."""
+    seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+    return torch.Generator(device=device).manual_seed(seed % 2**63)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Predicted classes (N,) of float images, in eval mode; the mode is restored."""
+    training = model.training
+    try:
+        return model.eval()(images).argmax(1)
+    finally:
+        model.train(training)
+
+
+def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
+    """Evaluate a whole split in batches, clean and under `attack`.
+
+    The clean image lies in the ball, so a sample that is wrong clean counts as wrong attacked too.
+
+    Raises `KitError` where a class has no image or the network has too few outputs for the labels.
+    """
+    clean, attacked = [], []
+    for number, start in enumerate(range(0, len(split), BATCH)):
+        x, y = split.batch(slice(start, start + BATCH))
+        generator = stream(attack.seed, number, device=x.device)
+        adversarial = pgd(
+            model,
+            x,
+            y,
+            attack.eps_255 / 255,
+            attack.step_255 / 255,
+            attack.steps,
+            restarts=attack.restarts,
+            loss=attack.loss,
+            generator=generator,
+        )
+        clean.append(predict(model, x))
+        attacked.append(torch.where(clean[-1] == y, predict(model, adversarial), clean[-1]))
+    labels = split.labels.cpu().numpy()
+    return tally(labels, torch.cat(clean).cpu().numpy(), torch.cat(attacked).cpu().numpy())
+
+
+def tally(labels: np.ndarray, clean: np.ndarray, attacked: np.ndarray) -> ClassErrors:
+    """Class-wise errors from true labels and the predictions clean and under attack, all (N,) whole numbers."""
+    classes = int(labels.max()) + 1
+    counts = np.bincount(labels, minlength=classes)
+    if (counts == 0).any():
+        raise KitError(f"class {int(counts.argmin())} has no image in this split: its error is undefined")
+    natural = np.bincount(labels[clean != labels], minlength=classes) / counts
+    robust = np.bincount(labels[(clean != labels) | (attacked != labels)], minlength=classes) / counts
+    confusion = np.zeros((classes, max(classes, int(attacked.max()) + 1)), dtype=np.int64)
+    np.add.at(confusion, (labels, attacked), 1)
+    return ClassErrors(natural, robust, counts, confusion)
+
+
+def versions() -> dict[str, str]:
+    """What a record says about the software that made it."""
+    import torchvision
+
+    return {
+        "frlkit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    attacks: Iterable[Attack] = STANDARD,
+    *,
+    path: Path | None = None,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Errors on the whole test split as a record: plain data, ready for JSON.
+
+    A record has the data set, the weights' hash, versions, ``natural`` and, in ``attacks``, one entry per attack with
+    ``robust``, ``boundary`` and ``confusion``. With `path`, a record there of the same weights and data is reused, only
+    missing attacks are computed, and the result is written back. `about` is stored beside it.
+    """
+    weights = checkpoint.digest(dict(model.state_dict()))
+    record: dict[str, Any] = {
+        **(about or {}),
+        "dataset": data.name,
+        "split": "test",
+        "class_names": list(data.class_names),
+        "weights_sha256": weights,
+        "attacks": [],
+    }
+    if path is not None and path.exists():
+        found = read_record(path)
+        if all(found.get(key) == record[key] for key in record if key != "attacks"):
+            record = found
+    done = [Attack(**entry["attack"]) for entry in record["attacks"]]
+    for attack in attacks:
+        if attack in done:
+            continue
+        errors = class_errors(model, data.test, attack)
+        record["images"] = int(errors.counts.sum())
+        record["class_counts"] = errors.counts.tolist()
+        record["natural"] = errors.natural.tolist()
+        entry = {"attack": asdict(attack), "robust": errors.robust.tolist(), "boundary": errors.boundary.tolist()}
+        made_by = {"kernel": kernels.describe(model), "versions": versions()}
+        record["attacks"].append({**entry, "confusion": errors.confusion.tolist(), **made_by})
+        if path is not None:
+            checkpoint.write_json(path, record)
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record; raises `KitError` where it is missing or no JSON object."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise KitError(f"the record {path} cannot be read ({error}): delete it to have it computed again") from None
+    if not isinstance(record, dict):
+        raise KitError(f"the record {path} is no JSON object: delete it to have it computed again")
+    return record
+
+
+def robust_errors(record: dict[str, Any], eps_255: float) -> np.ndarray:
+    """A record's class-wise robust error (C,) under the standard attack at a radius in 1/255."""
+    for entry in record["attacks"]:
+        if Attack(**entry["attack"]) == Attack(eps_255=eps_255):
+            return np.array(entry["robust"])
+    raise KitError(f"the record has no {Attack(eps_255=eps_255)}: evaluate the weights with it first")
