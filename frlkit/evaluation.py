@@ -198,3 +198,14 @@ def robust_errors(record: dict[str, Any], eps_255: float) -> np.ndarray:
         if Attack(**entry["attack"]) == Attack(eps_255=eps_255):
             return np.array(entry["robust"])
     raise KitError(f"the record has no {Attack(eps_255=eps_255)}: evaluate the weights with it first")
+
+
+def largest_difference(record: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest class-wise difference (a fraction) of two records of one model under the same attacks."""
+    differences = [np.subtract(record["natural"], other["natural"])]
+    theirs = {json.dumps(entry["attack"]): entry for entry in other["attacks"]}
+    for entry in record["attacks"]:
+        if json.dumps(entry["attack"]) not in theirs:
+            raise KitError(f"only one of the two records has {Attack(**entry['attack'])}: evaluate both alike")
+        differences.append(np.subtract(entry["robust"], theirs[json.dumps(entry["attack"])]["robust"]))
+    return float(np.abs(differences).max())

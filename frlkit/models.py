@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import KitError
+from frlkit import KitError, kernels
 
 
 class LeNet5(nn.Module):
@@ -28,9 +35,13 @@ class LeNet5(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.image_shape)
-        x = nn.functional.avg_pool2d(self.conv1(images).tanh(), 2)  # (N, 6, 14, 14)
-        x = nn.functional.avg_pool2d(self.conv2(x).tanh(), 2)  # (N, 16, 5, 5)
-        x = self.conv3(x).tanh().flatten(1)  # (N, 120)
+        if not images.requires_grad and kernels.available(self):
+            x = kernels.features(self, images)  # (N, 400)
+        else:
+            x = F.avg_pool2d(self.conv1(images).tanh(), 2)  # (N, 6, 14, 14)
+            x = F.avg_pool2d(self.conv2(x).tanh(), 2).flatten(1)  # (N, 400)
+        # conv3's 5x5 windows cover the whole 5x5 map: it is a linear layer, (N, 120)
+        x = F.linear(x, self.conv3.weight.flatten(1), self.conv3.bias).tanh()
         return self.fc2(self.fc1(x).tanh())
 
 
@@ -57,3 +68,46 @@ def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Modul
         if seed is not None:
             torch.manual_seed(seed)
         return MODELS[name](num_classes)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a network from anyone's file of plain tensors, under the same names or, failing that, in the same order.
+
+    The file may hold the tensors directly or under ``model`` or ``state_dict``. It is read with ``weights_only=True``.
+
+    Raises
+    ------
+    KitError
+        No such file, more than plain tensors in it, shapes that differ (the first is named), or values not finite.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise KitError(f"there is no weights file {path}: give the path of a file that torch.save wrote") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise KitError(f"{path} is no file of plain tensors (torch.save of a state_dict): nothing was loaded") from None
+    tensors = _tensors(content)
+    wanted = model.state_dict()
+    if set(tensors) != set(wanted):
+        tensors = dict(zip(wanted, tensors.values(), strict=False)) if len(tensors) == len(wanted) else tensors
+    if len(tensors) != len(wanted):
+        raise KitError(f"{path} holds {len(tensors)} tensors: {type(model).__name__} has {len(wanted)}")
+    for name, target in wanted.items():
+        if tensors[name].shape != target.shape:
+            found, shape = tuple(tensors[name].shape), tuple(target.shape)
+            raise KitError(
+                f"{path} does not fit {type(model).__name__}: {name} has shape {shape}, the file's is {found}"
+            )
+        if not bool(tensors[name].isfinite().all()):
+            raise KitError(f"{path} has NaN or infinite values in the tensor that stands for {name}")
+    model.load_state_dict(tensors)
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    """The tensors of a loaded file, in order; empty where it holds something else."""
+    if not isinstance(content, Mapping):
+        return {}
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,12 @@ from frlkit import PROJECT, KitError, __version__
 class ParameterError(KitError):
     """A notebook parameter that is unknown, of the wrong type or out of range."""
 
+
+#: Every parameter of every notebook, so that one profile can serve them all (a test keeps this complete).
+ALL_PARAMETERS = {
+    *("DATASET", "RECIPES", "SEEDS", "EPOCHS", "BATCH_SIZE", "DEVICE", "RUNS", "FIGURES", "DRIVE"),
+    *("SEED", "SAMPLES", "GD_STEPS"),  # the theory's
+}
 
 Rule = Callable[[Any], Any]  # returns the value to use, or raises ValueError with what is allowed
 
@@ -91,16 +98,19 @@ def parameters(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
 
     `namespace` is the notebook's ``globals()``; `rules` names every parameter and what it may be. Names assigned in the
     ``# Parameters`` cells that ran directly before this one (the notebook's own, and the one papermill injects) but
-    missing from `rules` are refused, as are wrong types and values.
+    missing from `rules` are refused, as are wrong types and values. A profile serves all notebooks, so a parameter that
+    only another notebook has is named in a printed line and otherwise ignored.
 
     Raises
     ------
     ParameterError
         One sentence: the name, the value, what is allowed.
     """
-    unknown = sorted(_assigned_names(namespace.get("In", [])) - set(rules))
-    if unknown:
+    others = _assigned_names(namespace.get("In", [])) - set(rules)
+    if unknown := sorted(others - ALL_PARAMETERS):
         raise ParameterError(f"unknown parameter {', '.join(map(repr, unknown))}: this notebook has {', '.join(rules)}")
+    if others:
+        print(f"not used by this notebook: {', '.join(sorted(others))}")
     checked = {}
     for name, rule in rules.items():
         if name not in namespace:
@@ -124,9 +134,28 @@ def _assigned_names(history: list[str]) -> set[str]:
     return names
 
 
-def folder(path: str, default: str) -> Path:
-    """The folder a parameter names: relative to the working directory; empty means `default` in the project."""
-    return Path(path).expanduser().resolve() if path else PROJECT / default
+def folder(path: str, default: str, *, drive: bool = False) -> Path:
+    """The folder a parameter names: relative to the working directory; empty means `default` in the project.
+
+    With `drive`, Google Drive is mounted and its ``frlkit`` folder takes the place of the project, so that runs outlive
+    a Colab session; what the project ships under `default` is copied there first, where it is missing.
+    """
+    if path:
+        return Path(path).expanduser().resolve()
+    if not drive:
+        return PROJECT / default
+    try:
+        from google.colab import drive as google_drive
+    except ImportError:
+        raise KitError("DRIVE = True needs Google Colab: leave it False, or name a folder with RUNS") from None
+    google_drive.mount("/content/drive")
+    place = Path("/content/drive/MyDrive/frlkit") / default
+    for source in (PROJECT / default).rglob("*"):
+        target = place / source.relative_to(PROJECT / default)
+        if source.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return place
 
 
 def versions(*packages: str) -> str:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
+    """The configuration of a named recipe; `values` are further fields of `Config`."""
+    if recipe not in RECIPES:
+        raise KitError(f"recipe = {recipe!r} is unknown: use one of {', '.join(RECIPES)}")
+    return Config(dataset=dataset, seed=seed, **{**RECIPES[recipe], **values})
+
+
+def folder(runs: Path, recipe: str, config: Config) -> Path:
+    """Where a run lives: RUNS/DATASET/RECIPE/seedN."""
+    return runs / config.dataset / recipe / f"seed{config.seed}"
+
+
 def loss(model: nn.Module, x: Tensor, y: Tensor, config: Config, generator: torch.Generator) -> Tensor:
     """The training loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT), or with TRADES' KL term."""
     attack = (config.eps_255 / 255, config.step_255 / 255, config.steps)
@@ -165,6 +177,28 @@ def run(config: Config, data: Dataset, folder: Path) -> nn.Module:
     return model
 
 
+def study(
+    recipes: Sequence[str], seeds: Sequence[int], dataset: str, runs: Path, tensors: Dataset | None, **values: Any
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
+    """Every recipe under every seed: test records and training histories, recipe -> one per seed.
+
+    Finished runs under `runs` are reloaded, missing ones trained. Where there are no data (`tensors` is None) the
+    finished runs' records are all there is: one that is missing, or belongs to another configuration, is refused.
+    """
+    records: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
+    histories: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
+    for recipe in recipes:
+        for seed in seeds:
+            config = configure(recipe, dataset, seed, **values)
+            place = folder(runs, recipe, config)
+            if tensors is not None:
+                run(config, tensors, place)
+            records[recipe].append(evaluation.read_record(place / "record.json"))
+            histories[recipe].append(evaluation.read_record(place / "history.json"))
+            checkpoint.refuse_other(place, records[recipe][-1]["config"], asdict(config))
+    return records, histories
+
+
 def load(folder: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
     state = checkpoint.read(folder / "weights.pt", device)
@@ -213,7 +247,7 @@ def _run_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, config: Config, epoch: int, folder: Path
 ) -> float:
     """`train_epoch` with a progress bar where someone watches, one line where not; returns the mean loss."""
-    title = f"{config.method} seed {config.seed} epoch {epoch + 1}/{config.epochs}"
+    title = f"{'/'.join(folder.parts[-3:])} epoch {epoch + 1}/{config.epochs}"  # DATASET/RECIPE/seedN
     total, seen, began = 0.0, 0, time.perf_counter()
     with tqdm(total=len(split), desc=title, unit="img", leave=False, disable=not watched()) as bar:
         for images, value in train_epoch(model, optimizer, split, config, epoch):
@@ -222,7 +256,7 @@ def _run_epoch(
             bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
     if not watched():
         rate = seen / (time.perf_counter() - began)
-        print(f"{title}: loss {total / seen:.4f}, {rate:,.0f} images/s, {folder}", flush=True)
+        print(f"{title}: loss {total / seen:.4f}, {rate:,.0f} images/s", flush=True)
     return total / seen
 
 

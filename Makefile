@@ -1,0 +1,36 @@
+# reproduce: the study, end to end · test: the whole suite · retrain: the study from nothing (DATASET=digits: small)
+PYTHON  ?= python3
+DATASET ?= fashion_mnist
+RUN     := .venv/bin/python
+PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+
+# Recipes run in other folders too, so a relative FRLKIT_DATA is made absolute here.
+ifdef FRLKIT_DATA
+export FRLKIT_DATA := $(abspath $(FRLKIT_DATA))
+endif
+
+.PHONY: reproduce retrain test
+reproduce: .venv/ready
+	$(RUN) -m frlkit reproduce --dataset $(DATASET)
+
+retrain: .venv/ready
+	$(RUN) -m frlkit reproduce --dataset $(DATASET) --retrain
+
+test: .venv/ready-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+.venv/ready: requirements.txt requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --requirement requirements.txt
+	@$(PIP) --no-deps --editable .
+	@touch $@
+
+# torchattacks (the attacks' oracle) pins an old requests that JupyterLab cannot use, hence --no-deps.
+.venv/ready-test: .venv/ready
+	@$(PIP) --editable ".[test]"
+	@$(PIP) --no-deps torchattacks
+	@touch $@

@@ -1,0 +1,120 @@
+"""``python -m frlkit``: the kit's command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from frlkit import PROJECT, KitError, __version__
+
+
+class _Group(click.Group):
+    """Shows a `KitError` as its one sentence, exit code 1, and Ctrl-C as a word on how to go on."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KitError as error:
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            raise click.ClickException("interrupted; the same command goes on from here") from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Class-wise adversarial robustness and Fair Robust Learning: a reproduction kit.
+
+    Data are found under the folder that FRLKIT_DATA names (default: data/ in the project); torchvision downloads
+    what is missing. Radii and step sizes are in 1/255.
+    """
+
+
+@main.command()
+@click.option("--dataset", default="fashion_mnist", show_default=True, help="fashion_mnist, or the embedded digits.")
+@click.option("--retrain", is_flag=True, help="Train everything anew under OUTPUT/retrained, ignoring shipped runs.")
+@click.option("--output", type=click.Path(path_type=Path), default=PROJECT / "output", help="Default: output/.")
+def reproduce(dataset: str, retrain: bool, output: Path) -> None:
+    """Run the numbered notebooks and print the claims table.
+
+    Executed notebooks, an HTML copy of each and index.html go to OUTPUT. Finished runs are reloaded, missing ones
+    trained, unchanged notebooks skipped; after an interruption the same command goes on.
+    """
+    from frlkit.reproduce import reproduce as run_all
+
+    click.echo(run_all(dataset, output.resolve(), retrain=retrain))
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--dataset", default="fashion_mnist", show_default=True)
+@click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
+@click.option("--epochs", type=int, default=15, show_default=True)
+@click.option("--batch-size", type=int, default=100, show_default=True)
+@click.option("--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def train(
+    recipe: str, dataset: str, seeds: tuple[int, ...], epochs: int, batch_size: int, runs: Path, device: str
+) -> None:
+    """Train and evaluate RECIPE (natural, pgd_at_half, pgd_at, trades), resuming what is there.
+
+    The notebooks read the same folders: RUNS/DATASET/RECIPE/seedN.
+    """
+    from frlkit import data, training
+
+    configs = [training.configure(recipe, dataset, seed, epochs=epochs, batch_size=batch_size) for seed in seeds]
+    tensors = data.load(dataset, device=data.pick_device(device))
+    for config in configs:
+        training.run(config, tensors, training.folder(runs, recipe, config))
+
+
+@main.command()
+@click.argument("weights", type=click.Path(path_type=Path))
+@click.option("--model", "model_name", default="lenet5", show_default=True)
+@click.option("--dataset", default="fashion_mnist", show_default=True)
+@click.option("--eps", type=float, default=8, show_default=True, help="Radius of the attack, in 1/255.")
+@click.option("--step-size", type=float, default=2, show_default=True, help="Step of the attack, in 1/255.")
+@click.option("--steps", type=int, default=20, show_default=True)
+@click.option("--restarts", type=int, default=1, show_default=True)
+@click.option("--loss", default="ce", show_default=True, help="ce, kl or margin.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def evaluate(
+    weights: Path,
+    model_name: str,
+    dataset: str,
+    eps: float,
+    step_size: float,
+    steps: int,
+    restarts: int,
+    loss: str,
+    seed: int,
+    out: Path | None,
+    device: str,
+) -> None:
+    """Print the class-wise natural, boundary and robust error of WEIGHTS on the whole test set.
+
+    WEIGHTS is any file of plain tensors whose shapes match the model's in order, such as a torch.save of a state_dict.
+    The JSON holds natural, robust and boundary as lists of fractions by class.
+    """
+    from frlkit import checkpoint, data, evaluation, models, tables
+
+    attack = evaluation.Attack(eps, step_size, steps, restarts, loss, seed)
+    chosen = data.pick_device(device)
+    tensors = data.load(dataset, device=chosen)
+    model = models.build(model_name, len(tensors.class_names))
+    models.load_weights(model, weights)
+    record = evaluation.evaluate(model.to(chosen), tensors, [attack])
+    entry = record.pop("attacks")[0]
+    click.echo(f"{weights} on {record['images']} test images of {dataset}, errors in % under {attack}")
+    click.echo(tables.error_table(record["class_names"], record["natural"], entry["robust"]).to_string())
+    if out is not None:
+        checkpoint.write_json(out, {**record, **entry, "attack": asdict(attack)})
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m frlkit")

@@ -1,0 +1,100 @@
+"""Pictures of result records; errors in per cent, whiskers and bands ± sd over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from frlkit.tables import MEASURES
+
+#: Recipes as figures and tables name them.
+TITLES = {
+    "natural": "Natural training",
+    "pgd_at_half": "PGD-AT, half of each batch (report)",
+    "pgd_at": "PGD-AT, whole batch (paper)",
+    "trades": "TRADES",
+}
+COLOURS = ("#4c72b0", "#dd8452", "#8c2d04")  # natural, then robust at growing radii
+
+
+def class_bars(errors: pd.DataFrame, order: Sequence[str], note: str) -> Figure:
+    """Class-wise error bars, one panel per recipe: natural and under PGD at both radii; whiskers are ± sd over seeds.
+
+    `order` sorts the classes, `note` says what data and seeds these are.
+    """
+    recipes = list(dict.fromkeys(errors["recipe"]))
+    rows = -(-len(recipes) // 2)
+    figure, axes = plt.subplots(
+        rows, 2 if len(recipes) > 1 else 1, figsize=(13, 3.9 * rows), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, recipe in zip(axes.flat, recipes, strict=False):
+        part = errors[errors["recipe"] == recipe]
+        spread = "sd" if part["seed"].nunique() > 1 else None
+        sns.barplot(
+            part,
+            x="class",
+            y="error",
+            hue="measure",
+            hue_order=MEASURES,
+            order=order,
+            palette=list(COLOURS),
+            errorbar=spread,
+            ax=axis,
+            err_kws={"linewidth": 1},
+        )
+        axis.set(title=TITLES.get(recipe, recipe), xlabel="", ylabel="error (%)", ylim=(0, 100))
+        axis.set_xticks(axis.get_xticks(), order, rotation=35, ha="right")
+        axis.get_legend().remove()
+        axis.grid(axis="y", alpha=0.3)
+    for axis in axes.flat[len(recipes) :]:
+        axis.set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    figure.suptitle(note, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def training_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], note: str) -> Figure:
+    """Loss, and natural and robust error (average and worst class) on the validation split, epoch by epoch.
+
+    Lines are means over seeds, bands ± sd.
+    """
+    rows = []
+    for recipe, seeds in histories.items():
+        for history in seeds:
+            for epoch, entry in enumerate(history["epochs"], start=1):
+                natural, robust = (100 * np.array(entry["validation"][kind]) for kind in ("natural", "robust"))
+                values = (entry["loss"], natural.mean(), natural.max(), robust.mean(), robust.max())
+                rows.append((TITLES.get(recipe, recipe), history["config"]["seed"], epoch, *values))
+    panels = {
+        "loss": "training loss (each recipe's own)",
+        "average natural": "validation natural error, average (%)",
+        "worst natural": "validation natural error, worst class (%)",
+        "average robust": "validation PGD-10 8/255 error, average (%)",
+        "worst robust": "validation PGD-10 8/255 error, worst class (%)",
+    }
+    frame = pd.DataFrame(rows, columns=["recipe", "seed", "epoch", *panels])
+    spread = "sd" if frame["seed"].nunique() > 1 else None
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, (column, title) in zip(axes.flat, panels.items(), strict=False):
+        sns.lineplot(frame, x="epoch", y=column, hue="recipe", errorbar=spread, palette="colorblind", ax=axis)
+        axis.set(title=title, ylabel="loss" if column == "loss" else "error (%)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.get_legend().remove()
+    axes[1, 2].axis("off")
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.suptitle(note, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, the same bytes for the same picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

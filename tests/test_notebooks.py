@@ -1,0 +1,140 @@
+"""The notebooks as their users meet them: papermill from another folder, a misspelt parameter, nbval."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import frlkit
+from frlkit import notebook
+
+NOTEBOOKS = sorted((frlkit.PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+DISPARITY, THEORY = NOTEBOOKS[:2]
+SMOKE = frlkit.PROJECT / "notebooks" / "profiles" / "smoke.yaml"
+
+
+def command(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(frlkit.PROJECT), "JUPYTER_PLATFORM_DIRS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def cells(path: Path, tag: str = "") -> list[Any]:
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [cell for cell in code if not tag or tag in cell.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestCommitted:
+    def test_badge_and_setup_name_the_repository(self, path: Path) -> None:
+        slug = frlkit.REPOSITORY.removeprefix("https://github.com/")
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}" in first
+        assert f'os.environ.get("FRLKIT_REPOSITORY", "{frlkit.REPOSITORY}")' in cells(path)[0].source
+
+    def test_setup_is_the_same_everywhere(self, path: Path) -> None:
+        assert cells(path)[0].source == cells(NOTEBOOKS[0])[0].source
+
+    def test_parameters_are_plain_literals_and_known(self, path: Path) -> None:
+        (cell,) = cells(path, "parameters")
+        lines = cell.source.splitlines()
+        assert lines[0] == "# Parameters"
+        names = set()
+        for line in lines[1:]:
+            assert line.count("=") == 1, line
+            (assignment,) = ast.parse(line).body
+            assert isinstance(assignment, ast.Assign)
+            ast.literal_eval(assignment.value)
+            names.add(assignment.targets[0].id)
+        assert names <= notebook.ALL_PARAMETERS
+
+    def test_outputs_are_whole_clean_and_free_of_paths(self, path: Path) -> None:
+        content = nbformat.read(path, as_version=4)
+        nbformat.validate(content)
+        assert "papermill" not in content.metadata
+        assert [cell.execution_count for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
+        for cell in cells(path):
+            assert "papermill" not in cell.metadata
+            assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs)
+        assert not re.search(r"[\"' ](/home|/root|/tmp|/work|/Users)/", path.read_text())
+
+    def test_ends_with_a_claims_table(self, path: Path) -> None:
+        (cell,) = cells(path, "claims")
+        assert frlkit.claims.from_notebook([cell])[0]["claims"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("sed", "3", ["unknown parameter 'sed'"]), ("FIGURES", "3", ["FIGURES = 3 is not allowed", "text in quotes"])],
+)
+def test_papermill_refuses_a_bad_parameter_in_one_line(
+    path: Path, name: str, value: str, words: list[str], tmp_path: Path
+) -> None:
+    done = command("papermill", path, tmp_path / "out.ipynb", "-p", name, value, "--no-progress-bar", cwd=tmp_path)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ParameterError: ")]
+    assert all(word in line for word in words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]  # refused before anything was made
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_smoke_profile_runs_anywhere_and_reloads(path: Path, tmp_path: Path) -> None:
+    words = ("papermill", path, tmp_path / "out.ipynb", "-f", SMOKE, "--no-progress-bar")
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "output" / "smoke" / "figures").glob(f"{path.name[:2]}_*.png"))
+    weights = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("weights.pt")}
+    if path == DISPARITY:
+        assert len(weights) == 2
+        again = command(*words, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr[-2000:]
+        assert "epoch" not in "".join(str(cell.outputs) for cell in cells(tmp_path / "out.ipynb")[4:6])
+        assert weights == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("weights.pt")}
+
+
+def nbval(path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return command("pytest", "--nbval", "-q", "-p", "no:cacheprovider", path, cwd=cwd)
+
+
+def test_nbval_theory() -> None:
+    done = nbval(THEORY, THEORY.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_nbval_disparity(fashion_mnist: object) -> None:
+    done = nbval(DISPARITY, DISPARITY.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_nbval_notices_an_altered_number(tmp_path: Path) -> None:
+    content = nbformat.read(THEORY, as_version=4)
+    tables = [
+        number
+        for number, cell in enumerate(content.cells)
+        if any(re.search(r"\d\.\d", out.get("data", {}).get("text/plain", "")) for out in cell.get("outputs", []))
+        and "nbval-ignore-output" not in cell.metadata.get("tags", [])
+    ]
+    content.cells = content.cells[: tables[0] + 1]
+    altered = copy.deepcopy(content)
+    for output in altered.cells[-1].outputs:
+        for kind in ("text/plain", "text/html"):
+            text = output["data"][kind]
+            output["data"][kind] = re.sub(
+                r"(\d\.\d*?)(\d)(?!\d)", lambda m: m[1] + str((int(m[2]) + 1) % 10), text, count=1
+            )
+    outcomes = {}
+    for name, version in (("true", content), ("altered", altered)):
+        nbformat.write(version, tmp_path / f"{name}.ipynb")
+        outcomes[name] = nbval(tmp_path / f"{name}.ipynb", tmp_path).returncode
+    assert outcomes == {"true": 0, "altered": 1}
