@@ -1,19 +1,18 @@
 """The paper's Gaussian example in closed form: which class a linear model fails, how often, and why.
 
-P(y=+1) = `prior`, x | y=+1 ~ N(θ, (Kσ)²I) and x | y=-1 ~ N(-θ, σ²I), where θ is γ on m robust features and η on d
-non-robust ones. A linear model sign(w·x + b) enters only through three numbers, all in units of the features:
-c = b/‖w‖₂, S = w·θ/‖w‖₂ (signal) and τ = ‖w‖₁/‖w‖₂ (what an ℓ∞ attacker gains per unit of radius). Exactly,
+P(y=+1) = `prior`; x | y=+1 ~ N(θ, (Kσ)²I) and x | y=-1 ~ N(-θ, σ²I), where θ is γ on m robust features and η on d
+non-robust ones. A linear model sign(w·x + b) enters only through c = b/‖w‖₂, S = w·θ/‖w‖₂ (signal) and τ = ‖w‖₁/‖w‖₂
+(what an ℓ∞ attacker gains per unit of radius):
 
     R(f,-1;ε₀) = Φ((c - S + τε₀)/σ)        R(f,+1;ε₀) = Φ((-c - S + τε₀)/(Kσ))
 
-Radii ε are ℓ∞ and in feature units; errors are fractions in the order (class -1, class +1). The paper's print lost its
-roots and has slips in the proofs: notebook 02 lists them, the formulas here are the corrected ones.
+Radii ε are ℓ∞; radii, c and S are in feature units; errors are fractions in the order (class -1, class +1). The paper's
+print lost its roots and has slips in the proofs (notebook 02 lists them): the formulas here are the corrected ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
@@ -31,12 +30,8 @@ def _need(ok: bool, name: str, value: object, allowed: str) -> None:
         raise KitError(f"{name} = {value!r} is not allowed: use {allowed}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_radius(name: str, value: float) -> None:
-    _need(_is_number(value) and value >= 0, name, value, "a finite radius of at least 0, in the units of the features")
+def _finite(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -69,17 +64,14 @@ class GaussianTask:
     prior: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, low in (("m", 1), ("d", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            _need(whole and value >= low, name, value, f"a whole number of features, at least {low}")
-        for name in ("gamma", "eta", "sigma", "K", "prior"):
-            _need(_is_number(getattr(self, name)), name, getattr(self, name), "a finite number")
-        _need(self.eta >= 0, "eta", self.eta, "a mean of at least 0 (flip the feature's sign)")
-        _need(self.gamma > self.eta, "gamma", self.gamma, f"a mean above eta = {self.eta!r} (or swap the two)")
-        _need(self.sigma > 0, "sigma", self.sigma, "a standard deviation above 0")
-        _need(self.K >= 1, "K", self.K, "a ratio of at least 1 (or swap the two classes)")
-        _need(0 < self.prior < 1, "prior", self.prior, "a probability strictly between 0 and 1")
+        _need(_finite(self.m, Integral) and self.m >= 1, "m", self.m, "a whole number of features, at least 1")
+        _need(_finite(self.d, Integral) and self.d >= 0, "d", self.d, "a whole number of features, 0 or more")
+        _need(_finite(self.eta) and self.eta >= 0, "eta", self.eta, "a finite mean of at least 0 (flip the features)")
+        above = f"a finite mean above eta = {self.eta!r} (robust features carry more)"
+        _need(_finite(self.gamma) and self.gamma > self.eta, "gamma", self.gamma, above)
+        _need(_finite(self.sigma) and self.sigma > 0, "sigma", self.sigma, "a finite standard deviation above 0")
+        _need(_finite(self.K) and self.K >= 1, "K", self.K, "a finite ratio of at least 1 (or swap the two classes)")
+        _need(_finite(self.prior) and 0 < self.prior < 1, "prior", self.prior, "a probability strictly between 0 and 1")
 
     @property
     def theta(self) -> np.ndarray:
@@ -91,215 +83,235 @@ class GaussianTask:
         return self.robust(0.0)
 
     def robust(self, eps: float) -> LinearRule:
-        """The minimiser of the robust error at training radius `eps` (Theorem 2, Lemma 2), with ‖w‖₂ = 1.
+        """The minimiser of the robust error at training radius `eps` >= 0 (Theorem 2, Lemma 2), with ‖w‖₂ = 1.
 
-        The weights are θ soft-thresholded at ε: (γ-ε)₊ and (η-ε)₊. Above γ every feature hurts, and the best rule reads
-        one robust feature. At ε = γ the robust error is the same for every non-negative weighting of the robust features;
-        the limit from below, equal weights, is returned. See `intercept` for when the optimum is a constant classifier.
-
-        Raises
-        ------
-        KitError
-            A negative or infinite radius.
+        The weights are θ soft-thresholded at ε. Above γ every feature hurts, and the best rule reads one robust
+        feature. At ε = γ every non-negative weighting of the robust features has the same robust error (not the same
+        natural error); equal weights, the limit from below, are returned. A constant answer can win: see `intercept`.
         """
-        _check_radius("eps", eps)
-        strong, weak = max(self.gamma - eps, 0.0), max(self.eta - eps, 0.0)
-        used = 1 if eps > self.gamma else self.m
-        size = math.sqrt(used * strong**2 + self.d * weak**2)
-        if size == 0:  # eps >= gamma
-            strong, size = 1.0, math.sqrt(used)
-        direction = LinearRule(self, strong / size, weak / size, 0.0, used)
+        _need(_finite(eps) and eps >= 0, "eps", eps, "a finite radius of at least 0, in feature units")
+        w = np.maximum(self.theta - eps, 0.0)
+        if eps >= self.gamma:
+            w[: 1 if eps > self.gamma else self.m] = 1.0
+        direction = LinearRule(self, w / np.linalg.norm(w), 0.0)
         return replace(direction, b=intercept(direction.S - direction.tau * eps, self.sigma, self.K, self.prior))
 
     def omega(self, eps: float) -> float:
         """Ω of Corollary 1: the natural-error gap R₊ - R₋ of the robust model over that of the natural model."""
-        return math.exp(self._log_gap(self.robust(eps)) - self._log_gap(self.natural()))
+        information, threshold = self.decompose(eps)
+        return information * threshold
 
     def decompose(self, eps: float) -> tuple[float, float]:
-        """Ω as information part × threshold part; both are above 1 for ε > 0.
+        """Ω as (information part, threshold part), both above 1 for 0 < ε < γ.
 
         Between the natural and the robust model stands a third: the robust model's weights with the intercept that is
         best for natural data. Going there from the natural model only loses features (information); going on to the
         robust model only moves the intercept (threshold).
-        """
-        robust, natural = self.robust(eps), self.natural()
-        halfway = replace(robust, b=intercept(robust.S, self.sigma, self.K, self.prior))
-        step = self._log_gap(halfway)
-        return math.exp(step - self._log_gap(natural)), math.exp(self._log_gap(robust) - step)
 
-    def _log_gap(self, rule: LinearRule) -> float:
-        """ln(R₊ - R₋) of the natural errors, without cancellation or underflow."""
+        Raises
+        ------
+        KitError
+            K = 1 (both gaps are zero) or a prior other than 1/2 (Corollary 1 assumes equal classes).
+        """
         _need(self.K > 1, "K", self.K, "K > 1 for Ω (at K = 1 both gaps are zero)")
         _need(self.prior == 0.5, "prior", self.prior, "prior = 0.5 for Ω (Corollary 1 assumes equal classes)")
-        low, high = log_ndtr(rule.scores())
-        return float(high + np.log(-np.expm1(low - high)))
+        robust = self.robust(eps)
+        halfway = replace(robust, b=intercept(robust.S, self.sigma, self.K))
+        start, middle, end = self.natural().log_gap(), halfway.log_gap(), robust.log_gap()
+        return math.exp(middle - start), math.exp(end - middle)
 
     def sample(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw `n` labelled points: x of shape (n, m + d) and y of shape (n,) with values ±1."""
+        """Draw `n` points: x (n, m + d), and y (n,) of ±1. Class sizes are fixed at their expectation."""
         rng = np.random.default_rng(seed)
-        y = np.where(rng.random(n) < self.prior, 1.0, -1.0)
+        y = np.where(np.arange(n) < round(n * self.prior), 1.0, -1.0)
         spread = np.where(y > 0, self.K * self.sigma, self.sigma)
         return y[:, None] * self.theta + spread[:, None] * rng.standard_normal((n, self.m + self.d)), y
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearRule:
-    """sign(w·x + b) with one weight on `used` of the robust features and one on every non-robust feature.
-
-    `b` = ±inf is the constant classifier that always answers that sign.
-    """
+    """sign(w·x + b) on `task`, w of shape (m + d,) and not all zero; b = ±inf is the constant answer ±1."""
 
     task: GaussianTask
-    w_robust: float
-    w_nonrobust: float
+    w: np.ndarray
     b: float
-    used: int
 
     @property
-    def w(self) -> np.ndarray:
-        """All weights, shape (m + d,)."""
-        counts = [self.used, self.task.m - self.used, self.task.d]
-        return np.repeat([self.w_robust, 0.0, self.w_nonrobust], counts)
+    def w_robust(self) -> float:
+        """The weight of the first robust feature: of every one for an optimal rule (of no other if ε > γ)."""
+        return float(self.w[0])
 
     @property
-    def norm(self) -> float:
-        """‖w‖₂."""
-        return math.sqrt(self.used * self.w_robust**2 + self.task.d * self.w_nonrobust**2)
+    def w_nonrobust(self) -> float:
+        """The weight of the last non-robust feature: of every one for an optimal rule; 0 if d = 0."""
+        return float(self.w[-1]) if self.task.d else 0.0
 
     @property
     def S(self) -> float:  # noqa: N802
         """Signal w·θ/‖w‖₂, in feature units."""
-        return (self.used * self.w_robust * self.task.gamma + self.task.d * self.w_nonrobust * self.task.eta) / self.norm
+        return float(self.w @ self.task.theta / np.linalg.norm(self.w))
 
     @property
     def tau(self) -> float:
         """Exposure ‖w‖₁/‖w‖₂ to an ℓ∞ attack."""
-        return (self.used * abs(self.w_robust) + self.task.d * abs(self.w_nonrobust)) / self.norm
+        return float(np.abs(self.w).sum() / np.linalg.norm(self.w))
 
     def scores(self, eps0: float = 0.0) -> np.ndarray:
-        """The z-scores (class -1, class +1) whose Φ are the errors: Theorems 1 and 2 for the optimal rules."""
-        _check_radius("eps0", eps0)
-        c, reach = self.b / self.norm, self.tau * eps0 - self.S
-        return np.array([(c + reach) / self.task.sigma, (-c + reach) / (self.task.K * self.task.sigma)])
+        """The z-scores (class -1, class +1) at test radius `eps0` whose Φ are the errors; the theorems' Z."""
+        _need(_finite(eps0) and eps0 >= 0, "eps0", eps0, "a finite radius of at least 0, in feature units")
+        c, reach = self.b / np.linalg.norm(self.w), self.tau * eps0 - self.S
+        return np.array([c + reach, -c + reach]) / [self.task.sigma, self.task.K * self.task.sigma]
 
     def errors(self, eps0: float = 0.0) -> Errors:
         """Exact error of (class -1, class +1) under an ℓ∞ attack of radius `eps0`; 0 gives the natural errors."""
-        low, high = ndtr(self.scores(eps0))
-        return float(low), float(high)
+        minus, plus = ndtr(self.scores(eps0))
+        return float(minus), float(plus)
 
     def gap(self, eps0: float = 0.0) -> float:
-        """R(f,+1;ε₀) - R(f,-1;ε₀): how much worse the class with the larger variance fares."""
-        low, high = self.errors(eps0)
-        return high - low
+        """R(f,+1;ε₀) - R(f,-1;ε₀): by how much the class with the larger variance fares worse."""
+        minus, plus = self.errors(eps0)
+        return plus - minus
+
+    def log_gap(self) -> float:
+        """ln of the natural gap, which must be positive; neither cancels nor underflows."""
+        minus, plus = log_ndtr(self.scores())
+        return float(plus + np.log(-np.expm1(minus - plus)))
 
 
 def intercept(S: float, sigma: float, K: float, prior: float = 0.5) -> float:
     """The c = b/‖w‖₂ that minimises (1-p)·Φ((c-S)/σ) + p·Φ((-c-S)/(Kσ)): w₀/S in Lemmas 1 and 2.
 
-    At prior 1/2 this is [(K²+1)S - 2K√(S² + ½(K²-1)σ² ln K)]/(K²-1), evaluated in a form that stays accurate as K → 1
-    and for large K; any other prior replaces ln K by ln(K(1-p)/p).
+    c = [(K²+1)S - 2K√(S² + ½(K²-1)σ²L)]/(K²-1) with L = ln K at prior ½ and ln(K(1-p)/p) at prior p, evaluated in a
+    form that stays accurate as K → 1 and for large K.
 
     Returns
     -------
     float
-        In the units of S. ±inf where a constant classifier is at least as good as every threshold: always answering +1
-        for a large prior (or class weight), and either answer for K = 1 and S < 0, where -inf, the limit of K → 1, breaks
-        the tie. At prior 1/2 and K > 1 the result is finite.
+        In the units of S; finite at prior ½ and K > 1. It is ±inf where no threshold beats a constant answer: +1 for a
+        large enough prior, and for K = 1 without signal (S <= 0) the likelier class (at prior ½: -1, the limit K → 1).
     """
-    log_odds = math.log(K) + math.log1p(-prior) - math.log(prior)
+    L = math.log(K) + math.log1p(-prior) - math.log(prior)
     a, k2 = 2 * S / sigma, (K - 1) * (K + 1)
-    inside = a * a + 2 * k2 * log_odds
-    if k2 == 0 and a <= 0:  # without signal, equal variances leave only the prior to go by
-        return 0.0 if a == log_odds == 0 else (math.inf if prior > 0.5 else -math.inf)
-    if k2 > 0 and inside <= 0:  # the risk falls all the way to always answering +1
+    inside = a * a + 2 * k2 * L
+    if k2 == 0 and a <= 0:
+        return 0.0 if a == L == 0 else math.copysign(math.inf, prior - 0.5 if prior != 0.5 else -1)
+    if k2 > 0 and inside <= 0:  # no stationary point: the risk falls all the way to the constant answer +1
         return math.inf
-    root = math.sqrt(inside)
-    D = 2 * log_odds / (a + root) if S >= 0 else (root - a) / k2
-    low, high = -a / (K + 1) - K * D, -a / (K + 1) + D
-    if (1 - prior) * ndtr(low) + prior * ndtr(high) > 1 - prior:  # a local minimum only
+    D = 2 * L / (a + math.sqrt(inside)) if S >= 0 else (math.sqrt(inside) - a) / k2
+    z_minus, z_plus = -a / (K + 1) - K * D, -a / (K + 1) + D
+    if (1 - prior) * ndtr(z_minus) + prior * ndtr(z_plus) > 1 - prior:  # a local minimum only
         return math.inf
     return S * (K - 1) / (K + 1) - K * sigma * D
 
 
 def reweight(task: GaussianTask, eps: float, weight: float) -> LinearRule:
-    """Reweight in closed form: the robust optimum when class +1's robust error counts `weight` times.
+    """Reweight in closed form: the robust optimum at `eps` when class +1's robust error counts `weight` (> 0) times.
 
-    Only the intercept moves: a weight acts as prior odds do. Weight K (at equal priors) equalises the two classes' robust
-    errors exactly at ε₀ = ε, as long as ε < γ.
+    A weight acts as prior odds do, so only the intercept moves. At equal priors and ε < γ, weight K makes the two
+    classes' robust errors equal at ε₀ = ε, while the common error stays below 1/(1 + K); beyond, always answering +1
+    costs less under these weights.
     """
-    _need(_is_number(weight) and weight > 0, "weight", weight, "a finite weight above 0 (1 leaves the model as it is)")
+    _need(_finite(weight) and weight > 0, "weight", weight, "a finite weight above 0 (1 leaves the model as it is)")
     odds = weight * task.prior / (1 - task.prior)
     return replace(replace(task, prior=odds / (1 + odds)).robust(eps), task=task)
 
 
 def remargin(task: GaussianTask, eps_minus: float, eps_plus: float) -> LinearRule:
-    """Remargin in closed form: the optimum when class -1 trains at radius ε₋ and class +1 at ε₊, both from η to γ.
+    """Remargin in closed form: the optimum when class -1 trains at radius ε₋ and class +1 at ε₊, both in [η, γ].
 
-    c = c*(√m(γ - (ε₋+ε₊)/2)) - √m(ε₋ - ε₊)/2 on equal robust weights. Raising ε₊ lowers class +1's error if and only if
-    its robust error at its own radius ε₊ is below 50 %.
+    Equal robust weights and c = c*(√m(γ - (ε₋+ε₊)/2)) - √m(ε₋ - ε₊)/2, c* from `intercept`. At equal priors, raising ε₊
+    lowers class +1's error if and only if its robust error at its own radius ε₊ is below 50 %.
     """
     for name, value in (("eps_minus", eps_minus), ("eps_plus", eps_plus)):
         allowed = f"a radius from eta = {task.eta!r} to gamma = {task.gamma!r}, where only robust features are used"
-        _need(_is_number(value) and task.eta <= value <= task.gamma, name, value, allowed)
-    root = math.sqrt(task.m)
+        _need(_finite(value) and task.eta <= value <= task.gamma, name, value, allowed)
+    root, only_robust = math.sqrt(task.m), np.repeat([1 / math.sqrt(task.m), 0.0], [task.m, task.d])
     c = intercept(root * (task.gamma - (eps_minus + eps_plus) / 2), task.sigma, task.K, task.prior)
-    return LinearRule(task, 1 / root, 0.0, c - root * (eps_minus - eps_plus) / 2, task.m)
+    return LinearRule(task, only_robust, c - root * (eps_minus - eps_plus) / 2)
 
 
 def printed_bound(task: GaussianTask) -> float:
-    """The lower bound on Ω printed in Eq. (12), with every unspecified Θ constant set to 1. It does not hold."""
+    """The lower bound on Ω printed in Eq. (12), with each unspecified Θ constant set to 1. It does not hold."""
     return (task.K**2 - 1) * math.log(task.K) * task.sigma**2 / (2 * task.gamma**2) * math.sqrt(task.d / task.m)
 
 
 def corrected_bound(task: GaussianTask) -> float:
-    """A lower bound on Ω that holds for every ε in [η, γ) when mγ² ≥ ½σ² ln K.
+    """A lower bound on Ω for every ε in [η, γ), at equal priors and mγ² >= ½σ² ln K (KitError otherwise).
 
     Λ·max{1, exp(½[z₊(‖θ‖)² - z₊(√m γ)²])/K} with Λ = (√(m+dρ²) + √(m+dρ²+q'))/(√m + √(m+q')), ρ = η/γ and
-    q' = σ²(K²-1) ln K/(2γ²); z₊(S) is class +1's z-score at the best intercept for signal S.
-
-    Raises
-    ------
-    KitError
-        mγ² < ½σ² ln K: class +1 would be wrong more often than not.
+    q' = σ²(K²-1) ln K/(2γ²), where z₊(S) is class +1's z-score at the best intercept for signal S.
     """
-    least = math.sqrt(math.log(task.K) / 2 / task.m) * task.sigma
-    _need(task.gamma >= least, "gamma", task.gamma, f"at least sigma*sqrt(ln(K)/2/m) = {least:g} for this bound")
-    features = task.m + task.d * (task.eta / task.gamma) ** 2
+    m, least = task.m, task.sigma * math.sqrt(math.log(task.K) / (2 * task.m))
+    _need(task.gamma >= least, "gamma", task.gamma, f"at least sigma*sqrt(ln(K)/(2m)) = {least:g} for this bound")
+    M = m + task.d * (task.eta / task.gamma) ** 2
     q = task.sigma**2 * (task.K**2 - 1) * math.log(task.K) / (2 * task.gamma**2)
-    ratio = (math.sqrt(features) + math.sqrt(features + q)) / (math.sqrt(task.m) + math.sqrt(task.m + q))
+    ratio = (math.sqrt(M) + math.sqrt(M + q)) / (math.sqrt(m) + math.sqrt(m + q))
     z_all, z_robust = (
         (-intercept(S, task.sigma, task.K) - S) / (task.K * task.sigma)
-        for S in (task.gamma * math.sqrt(features), task.gamma * math.sqrt(task.m))
+        for S in (task.gamma * math.sqrt(M), task.gamma * math.sqrt(m))
     )
     return ratio * max(1.0, math.exp((z_all**2 - z_robust**2) / 2) / task.K)
 
 
-def class_errors(task: GaussianTask, w: np.ndarray, b: float, eps0: float = 0.0) -> Errors:
-    """Exact errors of (class -1, class +1) of any linear model sign(w·x + b), w of shape (m + d,) and not all zero."""
-    reach = eps0 * np.abs(w).sum() - w @ task.theta
-    scores = np.array([b + reach, -b + reach]) / np.linalg.norm(w)
-    low, high = ndtr(scores / [task.sigma, task.K * task.sigma])
-    return float(low), float(high)
-
-
 def monte_carlo(rule: LinearRule, eps0: float, n: int, seed: int) -> tuple[Errors, Errors]:
-    """Errors counted on `n` sampled and attacked points: the estimates and their standard errors, per class.
-
-    The attack is the strongest one, x - y·ε₀·sign(w); no formula of this module is used.
-    """
+    """Errors counted on `n` points under the strongest attack x - y·ε₀·sign(w): estimates, then standard errors."""
     x, y = rule.task.sample(n, seed)
-    margins = y * ((x - y[:, None] * eps0 * np.sign(rule.w)) @ rule.w + rule.b)
-    rates = [float((margins[y == label] <= 0).mean()) for label in (-1, 1)]
-    spread = [math.sqrt(rate * (1 - rate) / (y == label).sum()) for rate, label in zip(rates, (-1, 1), strict=True)]
-    return (rates[0], rates[1]), (spread[0], spread[1])
+    wrong = y * ((x - y[:, None] * eps0 * np.sign(rule.w)) @ rule.w + rule.b) <= 0
+    rates = np.array([wrong[y < 0].mean(), wrong[y > 0].mean()])
+    spread = np.sqrt(rates * (1 - rates) / [(y < 0).sum(), (y > 0).sum()])
+    return tuple(rates.tolist()), tuple(spread.tolist())
 
 
-def _logistic(margin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ln(1 + e^-t) and its slope."""
-    return np.logaddexp(0, -margin), -expit(-margin)
+def train(task: GaussianTask, eps: float, n: int, steps: int, seed: int, sharpness: float = 0.0) -> LinearRule:
+    """Train a linear model on `n` sampled points by accelerated projected gradient descent, all m + d weights free.
+
+    The margin under the exact inner maximum is t = y(w·x + b) - ε‖w‖₁ and the loss is logistic. With `sharpness` k > 0,
+    `steps` more steps minimise the sigmoid 1/(1 + exp(k·t/σ)), a smooth count of errors, from the logistic solution
+    scaled to ‖w‖₂ = 1. Writing w = u - v with u, v >= 0 makes ‖w‖₁ smooth, so that weights can become exactly zero.
+    """
+    x, y = task.sample(n, seed)
+    size = task.m + task.d
+    signed = y[:, None] * np.column_stack([x, np.ones(n)])
+    unfold = np.hstack([np.eye(size + 1), -np.eye(size + 1, size)])  # (u, b, v) -> (w, b)
+    price = np.r_[np.full(size, eps), 0.0, np.full(size, eps)]  # ε‖w‖₁ = price @ (u, b, v)
+    floor = np.where(np.arange(2 * size + 1) == size, -np.inf, 0.0)
+    curvature = 2 * (np.linalg.eigvalsh(signed.T @ signed / n)[-1] + eps**2 * size)
+
+    def descend(p: np.ndarray, k: float) -> np.ndarray:
+        rate = 4 / (k**2 * curvature)  # the second derivative of either loss is below k²/4
+        ahead = p
+        for step in range(steps):
+            t = k * (signed @ (unfold @ ahead) - price @ ahead)
+            slope = -k * expit(-t) * (expit(t) if sharpness and k != 1 else 1.0)
+            gradient = unfold.T @ (signed.T @ slope) / n - price * slope.mean()
+            p, before = np.maximum(ahead - rate * gradient, floor), p
+            ahead = np.maximum(p + step / (step + 3) * (p - before), floor)
+        return p
+
+    p = descend(np.zeros(2 * size + 1), 1.0)
+    if sharpness:
+        p = descend(p / np.linalg.norm((unfold @ p)[:-1]), sharpness / task.sigma)
+    *w, b = unfold @ p
+    return LinearRule(task, np.array(w), float(b))
 
 
-def _sigmoid(margin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """1/(1 + e^t), a smooth count of the errors, and its slope."""
-    wrong = expit(-margin)
-    return wrong, -wrong * (1 - wrong)
+def logistic_limit(task: GaussianTask, eps: float) -> LinearRule:
+    """The minimiser of the expected robust logistic loss: where `train` ends with unlimited data.
+
+    The problem is convex, so any descent ends there. By symmetry two weights and b suffice, and each class's margin is
+    Gaussian, so its expected loss is one sum over a fine grid of z-scores.
+    """
+    z = np.linspace(-9, 9, 361)
+    density = np.exp(-z * z / 2) / np.exp(-z * z / 2).sum()
+    count, signal = np.array([task.m, task.d]), np.array([task.gamma, task.eta]) - eps
+    labels, shares = np.array([-1.0, 1.0]), np.array([1 - task.prior, task.prior])
+    spreads = np.array([task.sigma, task.K * task.sigma])
+
+    def risk(p: np.ndarray) -> float:
+        w, b = p[:2], p[2]
+        margins = count @ (w * signal) + labels * b + np.outer(z, spreads) * math.sqrt(count @ w**2)
+        return float(density @ np.logaddexp(0, -margins) @ shares)
+
+    bounds = [(0, None), (0, None if task.d else 0), (None, None)]
+    best = minimize(risk, [0.1, 0.0, 0.0], jac="3-point", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-9})
+    return LinearRule(task, np.repeat(best.x[:2], count), float(best.x[2]))
