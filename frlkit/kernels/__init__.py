@@ -165,7 +165,9 @@ def _load() -> ctypes.CDLL | None:
         _asked = True
         try:
             _library = _build()
-            if fault := _self_check():
+            with torch.inference_mode(False), torch.enable_grad():  # the first call may come from an evaluation
+                fault = _self_check()
+            if fault:
                 raise RuntimeError(fault)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             _library = None
