@@ -61,7 +61,8 @@ def pgd(
     """
     eps, step_size = _check(x, y, eps, step_size, steps, random_start, restarts, loss)
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
-    with _attacking(model):
+    with evaluating(model):
+        _check_labels(model, x, y)
         targets = _logits(model, x).softmax(1) if loss == "kl" else y
         best = best_score = None
         for _ in range(restarts):
@@ -122,7 +123,7 @@ def _start(x: Tensor, eps: Tensor, random_start: bool | str, generator: torch.Ge
 
 
 @contextlib.contextmanager
-def _attacking(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and frozen parameters inside; every module's mode and every flag restored outside, come what may."""
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -172,6 +173,12 @@ def _check(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise KitError(f"{name} = {value!r}: use a whole number, {least} or more")
     return _per_sample("eps", eps, x), _per_sample("step_size", step_size, x)
+
+
+def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    classes = _logits(model, x[:1]).shape[1]
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise KitError(f"y has labels from {y.min()} to {y.max()}: this network knows the classes 0 to {classes - 1}")
 
 
 def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:

@@ -12,10 +12,8 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,6 @@ import torch
 from torch import Tensor
 
 from frlkit import KitError
-
-DAMAGE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    AttributeError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
 
 
 def digest(state: Any) -> str:
@@ -50,6 +37,7 @@ def digest(state: Any) -> str:
             for key in value:
                 total.update(f"{{{key!r}:".encode())
                 add(value[key])
+            total.update(b"}")
         elif isinstance(value, (list, tuple)):
             total.update(f"[{len(value)}".encode())
             for item in value:
@@ -98,15 +86,29 @@ def previous(path: Path) -> Path:
 
 def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a file that `save` wrote. Raises `KitError` where it is damaged, foreign, or more than plain data."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        found = state.pop("digest")
-    except DAMAGE as error:
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise KitError(f"{path} cannot be read as a checkpoint of this kit ({reason})") from None
+    state = load_plain(path, device)
+    if not isinstance(state, dict) or "digest" not in state:
+        raise KitError(f"{path} is no checkpoint of this kit: it carries no digest of its content")
+    found = state.pop("digest")
     if digest(state) != found:
         raise KitError(f"{path} is damaged: its content does not match its own digest")
     return state
+
+
+def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, text and containers, no code (``weights_only=True``).
+
+    Raises `KitError` where there is no such file, or it holds something else or is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on odd pickle protocols: the file is refused or harmless
+            return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise KitError(f"there is no file {path}: give the path of a file that torch.save wrote") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
+        raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded ({reason})") from None
 
 
 def resume(path: Path, config: Mapping[str, Any], device: str | torch.device = "cpu") -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import PROJECT, KitError
+from frlkit import PROJECT, KitError, checkpoint
 
 SIZE = 32  # LeNet-5's input side in pixels
 FASHION_CLASSES = (
@@ -130,16 +129,21 @@ def _fashion_mnist() -> tuple[tuple[str, ...], Split, Split]:
     from torchvision.datasets import FashionMNIST
 
     folder = root()
+    if not _present(folder):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                FashionMNIST(str(folder), download=True)
+        except Exception as error:  # no network, no disk, a mirror's nonsense: whatever it is, there are no data
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise DataUnavailableError(
+                f"Fashion-MNIST is not in {folder} (FashionMNIST/raw/*-ubyte) and cannot be downloaded "
+                f"({reason}): set FRLKIT_DATA to a folder that has it"
+            ) from None
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            parts = [FashionMNIST(str(folder), train=train, download=not _present(folder)) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise DataUnavailableError(
-            f"Fashion-MNIST is not in {folder} (FashionMNIST/raw/*-ubyte) and cannot be downloaded "
-            f"({str(error).splitlines()[0]}): set FRLKIT_DATA to a folder that has it"
-        ) from None
-    except ValueError as error:
-        raise KitError(f"Fashion-MNIST in {folder} is damaged ({error}): delete FashionMNIST/raw there") from None
+        parts = [FashionMNIST(str(folder), train=train) for train in (True, False)]
+    except Exception as error:  # torchvision's reader checks nothing: a file cut short can raise anything
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise KitError(f"Fashion-MNIST in {folder} is damaged ({reason}): delete FashionMNIST/raw there") from None
     for part, count in zip(parts, (60_000, 10_000), strict=True):
         if part.data.shape != (count, 28, 28) or part.targets.bincount().tolist() != [count // 10] * 10:
             raise KitError(f"Fashion-MNIST in {folder} is not the original ({count} images): delete FashionMNIST/raw")
@@ -192,10 +196,9 @@ def _cached_resize(pixels: Tensor) -> Tensor:
             return torch.from_numpy(cached)
     images = resize(pixels)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy", delete=False) as file:
-            np.save(file, images.numpy())
-        os.replace(file.name, path)
+        buffer = io.BytesIO()
+        np.save(buffer, images.numpy())
+        checkpoint.write_atomically(path, buffer.getvalue())
     except OSError as error:
         warnings.warn(
             f"the resized images cannot be kept in {folder} ({error}): the next start resizes again", stacklevel=2

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from frlkit import KitError, __version__, checkpoint, kernels
-from frlkit.attacks import LOSSES, pgd
+from frlkit.attacks import LOSSES, evaluating, pgd
 from frlkit.data import Dataset, Split
 
 BATCH = 1000  # images attacked at a time; a sample's random start depends on it
@@ -36,9 +36,9 @@ class Attack:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("eps_255", 0, 255), ("step_255", 0, 255), ("steps", 0, 10**6), ("restarts", 1, 10**6)):
-            value = getattr(self, name)
-            whole = name in ("steps", "restarts")
+        radii = (("eps_255", 0, 255), ("step_255", 0, 255))
+        for name, low, high in (*radii, ("steps", 0, 10**6), ("restarts", 1, 10**6), ("seed", 0, 2**31)):
+            value, whole = getattr(self, name), not name.endswith("_255")
             kinds = int if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise KitError(f"{name} = {value!r}: use a {'whole ' if whole else ''}number from {low} to {high}")
@@ -78,11 +78,8 @@ def stream(*keys: int, device: str | torch.device = "cpu") -> torch.Generator:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted classes (N,) of float images, in eval mode; the mode is restored."""
-    training = model.training
-    try:
-        return model.eval()(images).argmax(1)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        return model(images).argmax(1)
 
 
 def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
@@ -152,6 +149,8 @@ def evaluate(
     ``robust``, ``boundary`` and ``confusion``. With `path`, a record there of the same weights and data is reused, only
     missing attacks are computed, and the result is written back. `about` is stored beside it.
     """
+    if missing := set(range(len(data.class_names))) - set(data.test.labels.unique().tolist()):
+        raise KitError(f"class {min(missing)} has no image in the test split: its error is undefined")
     weights = checkpoint.digest(dict(model.state_dict()))
     record: dict[str, Any] = {
         **(about or {}),

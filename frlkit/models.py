@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import KitError, kernels
+from frlkit import KitError, checkpoint, kernels
 
 
 class LeNet5(nn.Module):
@@ -80,12 +78,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     KitError
         No such file, more than plain tensors in it, shapes that differ (the first is named), or values not finite.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise KitError(f"there is no weights file {path}: give the path of a file that torch.save wrote") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise KitError(f"{path} is no file of plain tensors (torch.save of a state_dict): nothing was loaded") from None
+    content = checkpoint.load_plain(path)
     tensors = _tensors(content)
     wanted = model.state_dict()
     if set(tensors) != set(wanted):

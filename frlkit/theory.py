@@ -118,10 +118,11 @@ class GaussianTask:
         robust = self.robust(eps)
         halfway = replace(robust, b=intercept(robust.S, self.sigma, self.K))
         start, middle, end = self.natural().log_gap(), halfway.log_gap(), robust.log_gap()
-        return math.exp(middle - start), math.exp(end - middle)
+        with np.errstate(over="ignore"):  # inf, where the natural gap is below 1e-308 of the robust one
+            return float(np.exp(middle - start)), float(np.exp(end - middle))
 
     def sample(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw `n` points: x (n, m + d), and y (n,) of ±1. Class sizes are fixed at their expectation."""
+        """Draw `n` points, class sizes in exact proportion: x of shape (n, m + d), y of shape (n,) with values ±1."""
         rng = np.random.default_rng(seed)
         y = np.where(np.arange(n) < round(n * self.prior), 1.0, -1.0)
         spread = np.where(y > 0, self.K * self.sigma, self.sigma)
@@ -207,9 +208,8 @@ def intercept(S: float, sigma: float, K: float, prior: float = 0.5) -> float:
 def reweight(task: GaussianTask, eps: float, weight: float) -> LinearRule:
     """Reweight in closed form: the robust optimum at `eps` when class +1's robust error counts `weight` (> 0) times.
 
-    A weight acts as prior odds do, so only the intercept moves. At equal priors and ε < γ, weight K makes the two
-    classes' robust errors equal at ε₀ = ε, while the common error stays below 1/(1 + K); beyond, always answering +1
-    costs less under these weights.
+    A weight acts as prior odds do, so only the intercept moves. At equal priors, weight K makes both classes' robust
+    errors at ε₀ = ε equal to Φ(-2S_ε/(σ(K+1))), as long as that is below 1/(1+K); beyond, it always answers +1.
     """
     _need(_finite(weight) and weight > 0, "weight", weight, "a finite weight above 0 (1 leaves the model as it is)")
     odds = weight * task.prior / (1 - task.prior)
@@ -250,7 +250,8 @@ def corrected_bound(task: GaussianTask) -> float:
         (-intercept(S, task.sigma, task.K) - S) / (task.K * task.sigma)
         for S in (task.gamma * math.sqrt(M), task.gamma * math.sqrt(m))
     )
-    return ratio * max(1.0, math.exp((z_all**2 - z_robust**2) / 2) / task.K)
+    with np.errstate(over="ignore"):  # inf, as Ω is in the same place
+        return ratio * max(1.0, float(np.exp((z_all**2 - z_robust**2) / 2)) / task.K)
 
 
 def monte_carlo(rule: LinearRule, eps0: float, n: int, seed: int) -> tuple[Errors, Errors]:
@@ -277,20 +278,21 @@ def train(task: GaussianTask, eps: float, n: int, steps: int, seed: int, sharpne
     floor = np.where(np.arange(2 * size + 1) == size, -np.inf, 0.0)
     curvature = 2 * (np.linalg.eigvalsh(signed.T @ signed / n)[-1] + eps**2 * size)
 
-    def descend(p: np.ndarray, k: float) -> np.ndarray:
-        rate = 4 / (k**2 * curvature)  # the second derivative of either loss is below k²/4
-        ahead = p
-        for step in range(steps):
+    def descend(p: np.ndarray, k: float, sigmoid: bool) -> np.ndarray:
+        rate = 4 / (k**2 * curvature)  # the second derivative of either loss is at most k²/4
+        ahead, age = p, 0
+        for _ in range(steps):
             t = k * (signed @ (unfold @ ahead) - price @ ahead)
-            slope = -k * expit(-t) * (expit(t) if sharpness and k != 1 else 1.0)
+            slope = -k * expit(-t) * (expit(t) if sigmoid else 1.0)
             gradient = unfold.T @ (signed.T @ slope) / n - price * slope.mean()
-            p, before = np.maximum(ahead - rate * gradient, floor), p
-            ahead = np.maximum(p + step / (step + 3) * (p - before), floor)
+            new = np.maximum(ahead - rate * gradient, floor)
+            age = 0 if (ahead - new) @ (new - p) > 0 else age + 1  # drop momentum that points uphill
+            ahead, p = np.maximum(new + age / (age + 3) * (new - p), floor), new
         return p
 
-    p = descend(np.zeros(2 * size + 1), 1.0)
+    p = descend(np.zeros(2 * size + 1), 1.0, sigmoid=False)
     if sharpness:
-        p = descend(p / np.linalg.norm((unfold @ p)[:-1]), sharpness / task.sigma)
+        p = descend(p / np.linalg.norm((unfold @ p)[:-1]), sharpness / task.sigma, sigmoid=True)
     *w, b = unfold @ p
     return LinearRule(task, np.array(w), float(b))
 

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from frlkit import KitError
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("lenet5.cpp")
 LAYERS = ("conv1", "conv2", "conv3", "fc1", "fc2")
 SHAPES = ((6, 1, 5, 5), (16, 6, 5, 5), (120, 16, 5, 5), (84, 120), (10, 84))  # of the weights
+LOSSES = ("ce", "kl", "margin")
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-pthread")
 TARGETS = {  # what torch calls this processor -> images side by side, compiler's name for the instructions
     "AVX2": ("-DFRLKIT_LANES=8", "-march=x86-64-v3"),
@@ -49,9 +52,9 @@ def available(model: nn.Module) -> bool:
     setting = os.environ.get("FRLKIT_KERNEL", "auto")
     if setting not in ("auto", "off"):
         raise KitError(f"FRLKIT_KERNEL = {setting!r}: use auto (the default) or off")
-    if setting == "off" or type(model).__name__ != "LeNet5" or not _fits(model):
-        return False
-    return _load() is not None
+    from frlkit.models import LeNet5  # here, because `models` imports this module
+
+    return setting == "auto" and type(model) is LeNet5 and _fits(model) and _load() is not None
 
 
 def describe(model: nn.Module) -> str:
@@ -71,10 +74,14 @@ def pgd(
     eps, step_size : (N,), in [0, 1]
     loss : "ce", "kl" or "margin", see `frlkit.attacks.pgd`
 
-    Raises `KitError` where a shape does not fit: the native code trusts its input.
+    Raises `KitError` where a shape, a label or the loss does not fit: the native code trusts its input.
     """
     count = len(images)
+    if loss not in LOSSES:
+        raise KitError(f"loss = {loss!r} is unknown: use one of {', '.join(LOSSES)}")
     if loss != "kl":  # cross-entropy is KL(one-hot || p) up to a constant; the margin reads the label off it
+        if targets.dtype != torch.int64 or bool(((targets < 0) | (targets > 9)).any()):
+            raise KitError(f"targets of type {targets.dtype}: loss {loss!r} takes int64 labels from 0 to 9")
         targets = F.one_hot(targets, 10)
     images, start = _plain(images, (count, 1, 32, 32)), _plain(start, (count, 1, 32, 32))
     targets = _plain(targets, (count, 10))
@@ -108,6 +115,7 @@ class _Features(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, *parameters = context.saved_tensors  # as they were in forward: torch refuses if they changed since
         sizes = [parameter.numel() for parameter in parameters]
@@ -165,7 +173,7 @@ def _load() -> ctypes.CDLL | None:
         _asked = True
         try:
             _library = _build()
-            with torch.inference_mode(False), torch.enable_grad():  # the first call may come from an evaluation
+            with torch.inference_mode(False), torch.enable_grad():  # wherever the first call comes from
                 fault = _self_check()
             if fault:
                 raise RuntimeError(fault)
@@ -181,26 +189,44 @@ def _build() -> ctypes.CDLL:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() not in ("x86_64", "AMD64") or capability not in TARGETS:
         raise RuntimeError(f"it needs an x86-64 processor with AVX2, this is {platform.machine()} with {capability}")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "")
     if not compiler:
         raise RuntimeError("there is no C++ compiler (c++ or g++) on the PATH")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     flags = (*FLAGS, *TARGETS[capability])
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, flags)])).hexdigest()[:16]
-    folder = _cache_folder()
-    path = folder / f"lenet5-{key}.so"
-    if path.exists():
-        try:
-            return _open(path)
-        except (OSError, AttributeError):  # cut short, say by a full disk: build it again
-            path.unlink()
+    name = f"lenet5-{key}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit"
+    if _is_whole(folder / name):
+        return _open(folder / name)
+    command = [*compiler, *flags, str(SOURCE)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _compile(command, folder, name)
+    except OSError:  # no cache to write to: build for this process alone; once loaded, the file may go
+        with tempfile.TemporaryDirectory(prefix="frlkit-") as private:
+            return _compile(command, Path(private), name)
+
+
+def _compile(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # rename at the end: two processes may build at once
-        draft = Path(scratch) / path.name
-        done = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(draft)], capture_output=True, timeout=300)
+        draft = Path(scratch) / name
+        done = subprocess.run([*command, "-o", str(draft)], capture_output=True, timeout=300)
         if done.returncode != 0 or not draft.exists():
-            raise RuntimeError(f"{compiler} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
-        os.replace(draft, path)
-    return _open(path)
+            raise RuntimeError(f"{command[0]} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
+        content = draft.read_bytes()
+        draft.write_bytes(content + hashlib.sha256(content).digest())
+        os.replace(draft, folder / name)
+    return _open(folder / name)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file ends in its own SHA-256: loading a library cut short would kill the process, not raise."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -208,17 +234,6 @@ def _open(path: Path) -> ctypes.CDLL:
     for name in ("frlkit_pgd", "frlkit_features", "frlkit_features_backward"):
         getattr(library, name).restype = None
     return library
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="frlkit-"))
 
 
 def _self_check() -> str:

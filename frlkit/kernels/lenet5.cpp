@@ -4,13 +4,18 @@
 // Layout. A vector register holds ONE activation of kLanes DIFFERENT images, side by side: 8 with AVX2, 16 with
 // AVX-512. Every operation of the network then works on whole registers, whatever the size of the layer, and no number
 // ever moves between lanes. Activations are laid out [channel][row][column], each entry a register wide. Such a group
-// of images runs through all its attack steps inside one Workspace (half a megabyte with AVX2, small enough for the
-// second-level cache) before the next group starts: PyTorch instead sends the whole batch through memory layer by layer.
+// of images runs through all its attack steps inside one Workspace (0.4 MB with AVX2, 0.8 MB with AVX-512: it fits
+// the second-level cache) before the next group starts: PyTorch instead sends the whole batch through memory layer by
+// layer.
 //
 // Speed. The inner loops keep a block of 10 to 12 sums in registers, enough to hide the latency of a fused
 // multiply-add (two a cycle, four cycles each) and to use each loaded number more than once. One attack step is
 // 1.67 MFLOP an image.
-// MEASURED
+// Measured on one core of an AMD EPYC (Zen 5, 1 MB second-level cache), 20 attack steps on 128 images, best of eight
+// runs on the idle machine: AVX2 42.2 ms (101 GFLOP/s), AVX-512 22.1 ms (193 GFLOP/s); AVX2 on two cores 21.4 ms.
+// Beside two busy processes on the same two cores, in CPU time, with AVX-512: the attack 22.8 ms against 493 ms for
+// torchattacks' PGD, a training step (forward, backward) 3.9 ms against 13.8 ms in PyTorch. Not measured
+// on an idle machine: the ratios there may be smaller.
 //
 // Determinism. Groups are handed out to threads one by one, and an image's numbers depend on nothing outside its lane.
 // Weight gradients are summed per group, and these sums in the order of the groups: results have the same bits however

@@ -1,0 +1,41 @@
+"""What several test files share: small data, one thread, a fixed order of hypothesis' examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from frlkit import data
+from frlkit.data import Dataset, Split
+
+settings.register_profile("kit", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("kit")
+torch.set_num_threads(1)  # small tensors: quicker, and the same whatever the machine
+
+
+def head_of_each_class(split: Split, count: int) -> Split:
+    """The first `count` images of every class, in their old order."""
+    index = torch.cat([(split.labels == name).nonzero()[:count, 0] for name in split.labels.unique()]).sort().values
+    return Split(split.images[index], split.labels[index])
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def tiny(digits: Dataset) -> Dataset:
+    """200 training images of the digits, 30 to validate and 50 to test, all ten classes alike."""
+    sizes = ((digits.train, 20), (digits.validation, 3), (digits.test, 5))
+    return Dataset("digits", digits.class_names, *(head_of_each_class(split, count) for split, count in sizes))
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Dataset:
+    raw = data.root() / "FashionMNIST" / "raw"
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    if not all((raw / f"{name}-ubyte").exists() for name in names):
+        pytest.skip("needs Fashion-MNIST: put FashionMNIST/raw/ under FRLKIT_DATA or ./data")
+    return data.load("fashion_mnist")

@@ -1,0 +1,366 @@
+"""Checkpoints: whole or absent after any failure, damage noticed, strangers' files refused."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frlkit import KitError, checkpoint
+
+CONFIG = {"method": "natural", "lr": 0.001, "seed": 0}
+
+
+def state(epoch: int = 1) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(epoch)
+    return {
+        "config": dict(CONFIG),
+        "epoch": epoch,
+        "model": {"w": torch.randn(40, 30, generator=generator), "b": torch.zeros(0), "n": torch.tensor(3)},
+        "history": [{"loss": 1.5, "rates": [0.1, 0.2]}, {"loss": 1.25, "rates": []}],
+        "kernel": "portable",
+        "none": None,
+        "flag": True,
+    }
+
+
+def same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, torch.Tensor):
+        return isinstance(found, torch.Tensor) and found.dtype == wanted.dtype and torch.equal(found, wanted)
+    if isinstance(wanted, dict):
+        return list(found) == list(wanted) and all(same(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(same, found, wanted))
+    return type(found) is type(wanted) and found == wanted
+
+
+def flip_a_bit(path: Path, of: bytes) -> None:
+    """Flip one bit inside these bytes of a file; they must be there exactly once."""
+    content = bytearray(path.read_bytes())
+    assert content.count(of) == 1
+    content[content.index(of) + len(of) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class Malicious:
+    """Unpickled without care, this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "checkpoint.pt"
+
+
+class TestRoundTrip:
+    def test_read_returns_what_was_saved(self, path: Path) -> None:
+        checkpoint.save(path, state())
+        assert same(checkpoint.read(path), state())
+        assert os.listdir(path.parent) == ["checkpoint.pt"]
+
+    def test_others_may_read_the_file(self, path: Path) -> None:
+        checkpoint.save(path, state())
+        assert path.stat().st_mode & 0o777 == 0o644
+
+    def test_the_generation_before_is_kept_if_asked(self, path: Path) -> None:
+        for epoch in (1, 2, 3):
+            checkpoint.save(path, state(epoch), keep_previous=True)
+        assert checkpoint.read(path)["epoch"] == 3
+        assert checkpoint.read(checkpoint.previous(path))["epoch"] == 2
+        assert sorted(os.listdir(path.parent)) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+    def test_the_saved_state_is_not_changed(self, path: Path) -> None:
+        saved = state()
+        checkpoint.save(path, saved)
+        assert same(saved, state())
+
+    def test_a_view_into_a_larger_tensor(self, path: Path) -> None:
+        large = torch.arange(12.0).view(3, 4)
+        checkpoint.save(path, {"column": large[:, 1], "turned": large.T})
+        found = checkpoint.read(path)
+        assert found["column"].tolist() == [1, 5, 9]
+        assert torch.equal(found["turned"], large.T)
+
+
+class TestDigest:
+    CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "one number of a tensor": lambda s: s["model"]["w"].__setitem__((7, 7), 0.5),
+        "the last bit": lambda s: s["model"]["w"].view(torch.int32)[0, 0].bitwise_xor_(1),
+        "sign of zero": lambda s: s["model"].update(w=torch.where(s["model"]["w"] > 9, 1, s["model"]["w"]) * -1),
+        "tensor type": lambda s: s["model"].update(n=torch.tensor(3, dtype=torch.int32)),
+        "tensor shape": lambda s: s["model"].update(w=s["model"]["w"].view(30, 40)),
+        "shape of an empty tensor": lambda s: s["model"].update(b=torch.zeros(0, 2)),
+        "tensor to number": lambda s: s["model"].update(n=3),
+        "nested number": lambda s: s["history"][1].update(loss=1.2500000000000002),
+        "number type": lambda s: s.update(epoch=1.0),
+        "number to text": lambda s: s.update(epoch="1"),
+        "text": lambda s: s.update(kernel="native"),
+        "true to one": lambda s: s.update(flag=1),
+        "none to false": lambda s: s.update(none=False),
+        "item of a list": lambda s: s["history"][0]["rates"].__setitem__(1, 0.3),
+        "item moved to the next list": lambda s: s["history"][1]["rates"].append(s["history"][0]["rates"].pop()),
+        "shorter list": lambda s: s["history"].pop(),
+        "key name": lambda s: s["model"].update(v=s["model"].pop("w")),
+        "missing key": lambda s: s["config"].pop("seed"),
+        "new key": lambda s: s["config"].update(new=None),
+        "key moved one level up": lambda s: s.update(n=s["model"].pop("n")),
+    }
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_any_change_shows(self, name: str) -> None:
+        changed = copy.deepcopy(state())
+        self.CHANGES[name](changed)
+        assert checkpoint.digest(changed) != checkpoint.digest(state())
+
+    def test_equal_content_is_equal(self) -> None:
+        assert checkpoint.digest(state()) == checkpoint.digest(copy.deepcopy(state()))
+        values = torch.arange(6.0).view(2, 3)
+        assert checkpoint.digest({"a": values.T}) == checkpoint.digest({"a": values.T.contiguous()})
+        assert checkpoint.digest({"a": values.requires_grad_()}) == checkpoint.digest({"a": values.detach()})
+
+    def test_the_end_of_a_dictionary_counts(self) -> None:
+        assert checkpoint.digest({"a": {"b": 1}, "c": 2}) != checkpoint.digest({"a": {"b": 1, "c": 2}})
+
+
+class TestAtomicity:
+    def full_disk(self, descriptor: int, *_: Any, **__: Any) -> Any:
+        class Full:
+            def __enter__(self) -> Full:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                os.close(descriptor)
+
+            def write(self, content: bytes) -> int:
+                os.write(descriptor, content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return Full()
+
+    def broken(self, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def interrupted(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    @pytest.mark.parametrize("keep_previous", [False, True])
+    @pytest.mark.parametrize(
+        ("function", "failure"),
+        [
+            ("replace", "broken"),
+            ("fsync", "broken"),
+            ("fdopen", "full_disk"),
+            ("chmod", "broken"),
+            ("replace", "interrupted"),
+            ("fsync", "interrupted"),
+        ],
+    )
+    def test_a_failed_write_leaves_the_old_file_whole(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, function: str, failure: str, keep_previous: bool
+    ) -> None:
+        checkpoint.save(path, state(1))
+        before = path.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, getattr(self, failure))
+            with pytest.raises((OSError, KeyboardInterrupt)):
+                checkpoint.save(path, state(2), keep_previous=keep_previous)
+        assert os.listdir(path.parent) == ["checkpoint.pt"]
+        assert path.read_bytes() == before
+
+    def test_failure_between_the_two_renames_leaves_the_old_generation(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoint.save(path, state(1), keep_previous=True)
+        checkpoint.save(path, state(2), keep_previous=True)
+        rename, calls = os.replace, []
+
+        def replace(source: Any, target: Any) -> None:
+            calls.append(target)
+            if len(calls) == 2:
+                raise OSError(errno.EIO, "Input/output error")
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(OSError, match="Input/output"):
+                checkpoint.save(path, state(3), keep_previous=True)
+        assert not list(path.parent.glob("*.tmp"))
+        found = checkpoint.resume(path, CONFIG)
+        assert found is not None
+        assert found["epoch"] == 2
+
+    def test_data_reach_the_disk_before_the_name(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        order: list[str] = []
+        for name in ("fsync", "replace"):
+            function = getattr(os, name)
+
+            def spy(*arguments: Any, name: str = name, function: Callable[..., Any] = function) -> Any:
+                order.append(name)
+                return function(*arguments)
+
+            monkeypatch.setattr(os, name, spy)
+        checkpoint.save(path, state())
+        assert order[:2] == ["fsync", "replace"]
+
+    def test_json_refuses_what_json_has_not(self, tmp_path: Path) -> None:
+        checkpoint.write_json(tmp_path / "a.json", {"x": [1.5, "é", None]})
+        assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.5, "é", None]}
+        with pytest.raises(ValueError, match="JSON compliant"):
+            checkpoint.write_json(tmp_path / "a.json", {"x": float("nan")})
+        assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.5, "é", None]}
+
+
+class TestDamage:
+    TENSOR = state(2)["model"]["w"].numpy().tobytes()
+
+    @pytest.fixture
+    def two(self, path: Path) -> Path:
+        for epoch in (1, 2):
+            checkpoint.save(path, state(epoch), keep_previous=True)
+        return path
+
+    def damage(self, path: Path, how: str) -> None:
+        content = path.read_bytes()
+        if how == "bit of a tensor":
+            flip_a_bit(path, self.TENSOR)
+        else:
+            path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "last byte": content[:-1]}[how])
+
+    @pytest.mark.parametrize("how", ["empty", "cut", "last byte", "bit of a tensor"])
+    def test_the_generation_before_takes_over(self, two: Path, how: str) -> None:
+        self.damage(two, how)
+        damaged = two.read_bytes()
+        with pytest.raises(KitError, match=re.escape(str(two))):
+            checkpoint.read(two)
+        with pytest.warns(UserWarning, match="generation before it") as caught:
+            found = checkpoint.resume(two, CONFIG)
+        assert len(caught) == 1
+        assert same(found, state(1))
+        assert not two.exists()
+        assert two.with_name("checkpoint.pt.damaged").read_bytes() == damaged
+        again = checkpoint.resume(two, CONFIG)  # without a second warning
+        assert same(again, state(1))
+
+    def test_going_on_after_damage_keeps_a_whole_file_at_all_times(self, two: Path) -> None:
+        self.damage(two, "cut")
+        with pytest.warns(UserWarning, match="generation before it"):
+            checkpoint.resume(two, CONFIG)
+        checkpoint.save(two, state(2), keep_previous=True)
+        assert checkpoint.read(two)["epoch"] == 2
+        assert checkpoint.read(checkpoint.previous(two))["epoch"] == 1
+
+    def test_both_damaged_is_a_fresh_start_with_two_warnings(self, two: Path) -> None:
+        self.damage(two, "bit of a tensor")
+        self.damage(checkpoint.previous(two), "cut")
+        with pytest.warns(UserWarning, match=r"\.damaged") as caught:
+            assert checkpoint.resume(two, CONFIG) is None
+        assert len(caught) == 2
+        assert sorted(os.listdir(two.parent)) == ["checkpoint.previous.pt.damaged", "checkpoint.pt.damaged"]
+
+    def test_no_file_is_a_fresh_start(self, path: Path) -> None:
+        assert checkpoint.resume(path, CONFIG) is None
+
+    def test_a_killed_writes_litter_is_swept_up(self, two: Path) -> None:
+        litter = two.with_name("checkpoint.ptabc123.tmp")
+        litter.write_bytes(b"half a file")
+        mine = two.with_name("notes.tmp")
+        mine.write_text("someone else's")
+        checkpoint.resume(two, CONFIG)
+        assert not litter.exists()
+        assert mine.exists()
+
+    def test_a_bit_anywhere_is_refused_or_harmless(self, path: Path) -> None:
+        checkpoint.save(path, state())
+        whole, chance = path.read_bytes(), random.Random(0)
+        refused = 0
+        for _ in range(400):
+            damaged = bytearray(whole)
+            damaged[chance.randrange(1500)] ^= 1 << chance.randrange(8)  # mostly the structure, less the tensors
+            path.write_bytes(damaged)
+            try:
+                assert same(checkpoint.read(path), state())  # the zip format has a few bytes that mean nothing
+            except KitError as error:
+                refused += 1
+                assert len(str(error).splitlines()) == 1
+        assert refused > 200
+
+
+class TestStrangers:
+    def test_a_pickle_with_code_is_refused_and_not_run(self, path: Path, tmp_path: Path) -> None:
+        path.parent.mkdir()
+        torch.save({**state(), "digest": "0", "extra": Malicious(tmp_path / "ran")}, path)
+        with pytest.raises(KitError, match="is no whole file of plain tensors") as caught:
+            checkpoint.read(path)
+        assert len(str(caught.value).splitlines()) == 1
+        with pytest.warns(UserWarning, match=r"\.damaged"):
+            assert checkpoint.resume(path, CONFIG) is None
+        assert not (tmp_path / "ran").exists()
+
+    def test_and_it_would_have_run(self, tmp_path: Path) -> None:
+        torch.save(Malicious(tmp_path / "ran"), tmp_path / "x.pt")
+        torch.load(tmp_path / "x.pt", weights_only=False)
+        assert (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {"model": {"w": torch.ones(2)}},
+            {"model": {"w": torch.ones(2)}, "digest": "0" * 64},
+            {"digest": None},
+            torch.ones(3),
+            [1, 2],
+            "text",
+            None,
+        ],
+        ids=["no digest", "wrong digest", "no text", "tensor", "list", "text", "None"],
+    )
+    def test_a_torch_file_of_another_make_is_refused(self, tmp_path: Path, content: Any) -> None:
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(KitError, match=re.escape(str(tmp_path / "x.pt"))) as caught:
+            checkpoint.read(tmp_path / "x.pt")
+        assert len(str(caught.value).splitlines()) == 1
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(KitError, match=r"nothing\.pt"):
+            checkpoint.read(tmp_path / "nothing.pt")
+
+
+class TestOtherConfiguration:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"lr": 0.002}, "lr is 0.001 there and 0.002 here"),
+            ({"method": "trades", "seed": 1}, "method is 'natural' there and 'trades' here, seed is 0 there and 1"),
+            ({"new": 3}, "new is None there and 3 here"),
+        ],
+    )
+    def test_refused_naming_the_fields(self, path: Path, change: dict[str, Any], said: str) -> None:
+        checkpoint.save(path, state())
+        before = path.read_bytes()
+        with pytest.raises(KitError) as caught:
+            checkpoint.resume(path, {**CONFIG, **change})
+        assert said in str(caught.value)
+        assert str(path) in str(caught.value)
+        for name in set(CONFIG) - set(change):
+            assert f"{name} is" not in str(caught.value)
+        assert path.read_bytes() == before
+        assert os.listdir(path.parent) == ["checkpoint.pt"]
+
+    def test_a_field_that_only_the_file_has(self, path: Path) -> None:
+        checkpoint.save(path, state())
+        with pytest.raises(KitError, match="seed is 0 there and None here"):
+            checkpoint.resume(path, {"method": "natural", "lr": 0.001})
