@@ -11,7 +11,7 @@ from IPython.display import display
 
 from frlkit import KitError
 
-VERDICTS = ("confirmed", "partly", "refuted", "not tested")
+VERDICTS = ("confirmed", "partly", "not established", "refuted", "not tested")
 MIME = "application/vnd.frlkit.claims+json"
 
 
@@ -38,7 +38,7 @@ def show(title: str, claims: list[Claim]) -> None:
 
 def plain(rows: list[dict[str, str]]) -> str:
     """The table as lines of text, verdict first, for a terminal."""
-    return "\n".join(f"{row['verdict']:>10} | {row['claim']}\n{'':>10} | {row['evidence']}" for row in rows)
+    return "\n".join(f"{row['verdict']:>15} | {row['claim']}\n{'':>15} | {row['evidence']}" for row in rows)
 
 
 def from_notebook(cells: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -86,9 +86,12 @@ def gap(errors: pd.DataFrame, recipe: str, measure: str) -> pd.Series:
 
 
 def established(change: pd.Series) -> bool:
-    """Whether a change, one value per seed, is there: the same sign in every seed, and its mean above twice its sd."""
+    """Whether a change, one value per seed, is there: the same sign in every seed, and its mean above twice its sd.
+
+    One seed establishes nothing.
+    """
     same_sign = (change > 0).all() or (change < 0).all()
-    return bool(same_sign and (len(change) == 1 or abs(change.mean()) > 2 * change.std()))
+    return bool(len(change) > 1 and same_sign and abs(change.mean()) > 2 * change.std())
 
 
 def rank_correlation(difficulty: pd.Series, target: pd.Series) -> dict[str, float]:

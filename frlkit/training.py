@@ -193,9 +193,9 @@ def study(
             place = folder(runs, recipe, config)
             if tensors is not None:
                 run(config, tensors, place)
-            records[recipe].append(evaluation.read_record(place / "record.json"))
-            histories[recipe].append(evaluation.read_record(place / "history.json"))
-            checkpoint.refuse_other(place, records[recipe][-1]["config"], asdict(config))
+            for name, kept in (("record.json", records), ("history.json", histories)):
+                kept[recipe].append(evaluation.read_record(place / name))
+                checkpoint.refuse_other(place / name, kept[recipe][-1].get("config", {}), asdict(config))
     return records, histories
 
 

@@ -76,6 +76,6 @@ def test_plain_text_has_the_verdict_first() -> None:
 
 @pytest.mark.parametrize("verdict", ["Confirmed", "true", "", None, True, ["confirmed"]])
 def test_unknown_verdict(verdict: Any) -> None:
-    with pytest.raises(KitError, match="use one of confirmed, partly, refuted, not tested") as caught:
+    with pytest.raises(KitError, match="use one of confirmed, partly, not established, refuted, not tested") as caught:
         Claim("c", "e", verdict)
     assert f"verdict = {verdict!r}" in str(caught.value)

@@ -1,0 +1,609 @@
+"""The epoch loop: losses against independent ones, and runs that were stopped in every way against straight ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frlkit import PROJECT, KitError, attacks, checkpoint, evaluation, models, training
+from frlkit.data import Dataset, Split
+from frlkit.evaluation import Attack, stream
+from frlkit.training import Config
+
+SMALL = {"dataset": "digits", "epochs": 3, "batch_size": 64, "steps": 2}
+RUNS = {
+    "natural": Config("natural", **SMALL),
+    "pgd_at": Config("pgd_at", **SMALL),
+    "pgd_at_half": Config("pgd_at", attacked=0.5, **SMALL),
+    "trades": Config("trades", **SMALL),
+    "sgd": Config("natural", optimizer="sgd", lr=0.05, weight_decay=1e-4, **SMALL),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard attacks with two steps: their strength is not what is tested here."""
+    quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
+    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (quick,))
+
+
+@pytest.fixture
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "watched", lambda: False)
+
+
+def without_seconds(history: dict[str, Any]) -> dict[str, Any]:
+    epochs = [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in history["epochs"]]
+    return {**history, "epochs": epochs}
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights bit for bit, histories but for the time they took, records."""
+    weights = [checkpoint.read(folder / "weights.pt")["model"] for folder in (first, second)]
+    assert list(weights[0]) == list(weights[1])
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+    histories = [json.loads((folder / "history.json").read_text()) for folder in (first, second)]
+    assert without_seconds(histories[0]) == without_seconds(histories[1])
+    records = [json.loads((folder / "record.json").read_text()) for folder in (first, second)]
+    assert records[0] == records[1]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+    """Make training fail at a batch of an epoch, both counted from 0."""
+    straight = training.train_epoch
+
+    def train_epoch(*arguments: Any) -> Iterator[tuple[int, float]]:
+        for number, item in enumerate(straight(*arguments)):
+            if (arguments[-1], number) == (epoch, batch):
+                raise StoppedError
+            yield item
+
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            *(("method", value) for value in ("Natural", "pgd", "", None, 1)),
+            *(("dataset", value) for value in ("mnist", None)),
+            *(("model", value) for value in ("resnet", 5)),
+            *(("optimizer", value) for value in ("Adam", "rmsprop")),
+            *(("seed", value) for value in (-1, 1.0, "0", True, None, 2**31 + 1)),
+            *(("epochs", value) for value in (0, -1, 1.5, 2.0, "15", True, None)),
+            *(("batch_size", value) for value in (0, 100.0, "100", math.inf)),
+            *(("lr", value) for value in (0, -1e-3, math.nan, math.inf, "1e-3", True, None)),
+            *(("momentum", value) for value in (-0.1, 1.1, math.nan)),
+            *(("weight_decay", value) for value in (-1.0, math.nan, "0")),
+            *(("lr_divide", value) for value in (0, 0.5, math.nan)),
+            *(("lr_every", value) for value in (0, 2.5)),
+            *(("eps_255", value) for value in (-1, 256, math.nan, "8/255", "8")),
+            *(("step_255", value) for value in (-2, 300.0, math.inf)),
+            *(("steps", value) for value in (0, -1, 2.0, "10")),
+            *(("attacked", value) for value in (0, -0.5, 1.01, math.nan)),
+            *(("beta", value) for value in (-1, math.nan, math.inf, "6")),
+        ],
+    )
+    def test_refused_by_name_with_the_value(self, field: str, value: Any) -> None:
+        with pytest.raises(KitError) as caught:
+            Config(**{"method": "natural", field: value})
+        assert str(caught.value).startswith(f"{field} = {value!r} is ")
+
+    def test_every_field_has_a_range(self) -> None:
+        assert set(training.RANGES) == set(Config.__dataclass_fields__)
+
+    def test_unknown_field_of_a_recipe(self) -> None:
+        with pytest.raises((KitError, TypeError), match="'epoch'"):
+            training.configure("natural", "digits", 0, epoch=3)
+
+    def test_unknown_recipe(self) -> None:
+        with pytest.raises(KitError, match=r"'fgsm' is unknown: use one of natural, pgd_at_half, pgd_at, trades"):
+            training.configure("fgsm", "digits", 0)
+
+    def test_recipes(self) -> None:
+        half = training.configure("pgd_at_half", "digits", 3)
+        assert (half.method, half.attacked, half.steps, half.eps_255, half.step_255) == ("pgd_at", 0.5, 20, 8, 2)
+        full = training.configure("pgd_at", "digits", 3, steps=7)
+        assert (full.method, full.attacked, full.steps, full.seed) == ("pgd_at", 1, 7, 3)
+        assert training.configure("trades", "digits", 0).beta == 6
+        assert training.folder(Path("runs"), "pgd_at", full) == Path("runs/digits/pgd_at/seed3")
+
+
+class TestLearningRate:
+    def test_steps_by_hand(self) -> None:
+        config = Config("natural", lr=0.9, lr_divide=3.0, lr_every=4)
+        expected = [0.9] * 4 + [0.3] * 4 + [0.1] * 4 + [0.1 / 3] * 3
+        assert [training.learning_rate(config, epoch) for epoch in range(15)] == pytest.approx(expected, rel=1e-12)
+
+    def test_the_optimiser_gets_it(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unwatched: None
+    ) -> None:
+        rates: list[float] = []
+        straight = training.train_epoch
+
+        def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> Iterator[tuple[int, float]]:
+            rates.extend(group["lr"] for group in optimizer.param_groups)
+            yield from straight(model, optimizer, *rest)
+
+        monkeypatch.setattr(training, "train_epoch", train_epoch)
+        config = replace(RUNS["natural"], lr=0.01, lr_divide=10.0, lr_every=2)
+        training.run(config, tiny, tmp_path)
+        assert rates == pytest.approx([0.01, 0.01, 0.001])
+
+
+class TestLoss:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        return models.build("lenet5", seed=1)
+
+    def test_natural_is_the_cross_entropy(self, model: nn.Module, tiny: Dataset) -> None:
+        x, y = tiny.train.batch(slice(0, 20))
+        found = training.loss(model, x, y, RUNS["natural"], stream(0))
+        probabilities = model(x).softmax(1)[torch.arange(20), y]
+        torch.testing.assert_close(found, -probabilities.log().mean())
+
+    @pytest.mark.parametrize(("share", "size", "count"), [(0.5, 20, 10), (1.0, 20, 20), (0.5, 7, 4), (0.25, 20, 5)])
+    def test_the_share_of_the_batch_that_is_attacked(
+        self, model: nn.Module, tiny: Dataset, monkeypatch: pytest.MonkeyPatch, share: float, size: int, count: int
+    ) -> None:
+        calls: list[tuple[Tensor, tuple[Any, ...]]] = []
+
+        def spy(model: nn.Module, x: Tensor, y: Tensor, *attack: Any, **_: Any) -> Tensor:
+            calls.append((x, attack))
+            return 1 - x  # recognisable
+
+        monkeypatch.setattr(training, "pgd", spy)
+        x, y = tiny.train.batch(slice(0, size))
+        config = Config("pgd_at", attacked=share, eps_255=4, step_255=1.5, steps=3)
+        found = training.loss(model, x, y, config, stream(0))
+        assert [len(attacked) for attacked, _ in calls] == [count]
+        assert calls[0][1] == (4 / 255, 1.5 / 255, 3)
+        attacked = torch.stack([1 - image if number < count else image for number, image in enumerate(x)])
+        torch.testing.assert_close(found, F.cross_entropy(model(attacked), y))
+
+    def test_trades_is_as_its_paper_writes_it(self, model: nn.Module, tiny: Dataset) -> None:
+        x, y = tiny.train.batch(slice(0, 30))
+        config = Config("trades", beta=4.0, eps_255=16, step_255=4, steps=3)
+        found = training.loss(model, x, y, config, stream(5))
+        adversarial = attacks.pgd(
+            model, x, y, 16 / 255, 4 / 255, 3, random_start="gaussian", loss="kl", generator=stream(5)
+        )
+        clean, attacked = (model.double()(images.double()).softmax(1) for images in (x, adversarial))
+        model.float()
+        expected = 0.0
+        for p, q, label in zip(clean.tolist(), attacked.tolist(), y.tolist(), strict=True):
+            divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            expected += (-math.log(p[label]) + 4.0 * divergence) / 30
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+
+    def test_trades_gradient_flows_through_both_terms(self, model: nn.Module, tiny: Dataset) -> None:
+        x, y = tiny.train.batch(slice(0, 30))
+        x, model = x.double(), model.double()
+        config = Config("trades", beta=50.0, eps_255=16, step_255=4, steps=3)
+        found = torch.autograd.grad(training.loss(model, x, y, config, stream(5)), [*model.parameters()])
+        adversarial = attacks.pgd(
+            model, x, y, 16 / 255, 4 / 255, 3, random_start="gaussian", loss="kl", generator=stream(5)
+        )
+        p, q = model(x).log_softmax(1), model(adversarial).log_softmax(1)
+        total = -p[torch.arange(30), y].mean() + 50 * (p.exp() * (p - q)).sum(1).mean()
+        for ours, theirs in zip(found, torch.autograd.grad(total, [*model.parameters()]), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+
+
+class TestEpoch:
+    def setting(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = models.build("lenet5", seed=0)
+        return model, torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def test_every_image_once_the_last_partial_batch_too(self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        numbered = Split(torch.zeros(200, 1, 32, 32, dtype=torch.uint8), torch.arange(200))
+        batches: list[list[int]] = []
+        modes: list[bool] = []
+
+        def loss(model: nn.Module, x: Tensor, y: Tensor, *_: Any) -> Tensor:
+            batches.append(y.tolist())
+            modes.append(model.training)
+            return model(x).sum()
+
+        monkeypatch.setattr(training, "loss", loss)
+        model, optimizer = self.setting()
+        for epoch in (0, 1):
+            sizes = [count for count, _ in training.train_epoch(model, optimizer, numbered, RUNS["natural"], epoch)]
+            assert sizes == [64, 64, 64, 8]
+        orders = [sum(batches[:4], []), sum(batches[4:], [])]
+        for order in orders:
+            assert sorted(order) == list(range(200))
+            assert order != list(range(200))
+        assert orders[0] != orders[1]
+        assert set(modes) == {True}
+
+    def test_the_order_depends_on_seed_and_epoch_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        numbered = Split(torch.zeros(50, 1, 32, 32, dtype=torch.uint8), torch.arange(50))
+        seen: list[int] = []
+
+        def loss(model: nn.Module, x: Tensor, y: Tensor, *_: Any) -> Tensor:
+            seen.extend(y.tolist())
+            return model(x).sum()
+
+        monkeypatch.setattr(training, "loss", loss)
+        orders = []
+        for seed, epoch, noise in ((0, 1, 0), (0, 1, 99), (1, 1, 0), (1, 0, 0)):
+            torch.manual_seed(noise)
+            seen.clear()
+            list(training.train_epoch(*self.setting(), numbered, replace(RUNS["natural"], seed=seed), epoch))
+            orders.append(list(seen))
+        assert orders[0] == orders[1]
+        assert len({tuple(order) for order in orders}) == 3
+
+    def test_one_batch_is_one_step_down_the_gradient(self, tiny: Dataset) -> None:
+        model, optimizer = self.setting()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        config = replace(RUNS["natural"], batch_size=1000)  # the whole split in one batch
+        ((count, value),) = training.train_epoch(model, optimizer, tiny.train, config, 0)
+        assert count == 200
+        fresh = models.build("lenet5", seed=0)
+        expected = F.cross_entropy(fresh(tiny.train.images.float() / 255), tiny.train.labels)
+        assert value == pytest.approx(float(expected.detach()), rel=1e-5)
+        expected.backward()
+        for name, parameter in fresh.named_parameters():
+            moved = before[name] - 0.01 * parameter.grad
+            torch.testing.assert_close(model.state_dict()[name], moved, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+        self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch, value: float
+    ) -> None:
+        model, optimizer = self.setting()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        monkeypatch.setattr(training, "loss", lambda model, x, *_: model(x).sum() * value)
+        with pytest.raises(training.TrainingDivergedError, match="epoch 5, batch 1: the loss is"):
+            list(training.train_epoch(model, optimizer, tiny.train, RUNS["natural"], 4))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("unwatched")
+class TestRun:
+    @pytest.mark.parametrize("name", RUNS)
+    def test_stopped_and_resumed_equals_straight(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        torch.manual_seed(1)
+        straight = training.run(RUNS[name], tiny, tmp_path / "straight")
+        for epoch, batch in ((0, 2), (1, 1), (2, 3)):  # before any checkpoint, in the middle, at the last batch
+            with monkeypatch.context() as patch, pytest.raises(StoppedError):
+                stop_at(patch, epoch, batch)
+                torch.manual_seed(100 * epoch)  # whatever the global state is
+                training.run(RUNS[name], tiny, tmp_path / "stopped")
+            assert (tmp_path / "stopped" / "checkpoint.pt").exists() == (epoch > 0)
+            assert not (tmp_path / "stopped" / "weights.pt").exists()
+        resumed = training.run(RUNS[name], tiny, tmp_path / "stopped")
+        assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+        for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_resumes_from_the_generation_before_a_damaged_one(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        training.run(RUNS["pgd_at"], tiny, tmp_path / "straight")
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            stop_at(patch, 2, 0)
+            training.run(RUNS["pgd_at"], tiny, tmp_path / "stopped")
+        newest = tmp_path / "stopped" / "checkpoint.pt"
+        newest.write_bytes(newest.read_bytes()[:-1000])
+        with pytest.warns(UserWarning, match="generation before it"):
+            training.run(RUNS["pgd_at"], tiny, tmp_path / "stopped")
+        assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+    @pytest.mark.parametrize("function", ["write_json", "save", "evaluate"])
+    def test_stopped_after_the_last_epoch(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+    ) -> None:
+        """Between the last checkpoint and the finished files: nothing is trained twice, nothing is lost."""
+        training.run(RUNS["natural"], tiny, tmp_path / "straight")
+        module = evaluation if function == "evaluate" else checkpoint
+        function_itself = getattr(module, function)
+
+        def fail(*arguments: Any, **names: Any) -> Any:
+            if function != "save" or Path(arguments[0]).name == "weights.pt":
+                raise StoppedError
+            return function_itself(*arguments, **names)
+
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            patch.setattr(module, function, fail)
+            training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+
+        def train_epoch(*_: Any) -> Iterator[tuple[int, float]]:
+            raise AssertionError("trained again")
+
+        monkeypatch.setattr(training, "train_epoch", train_epoch)
+        training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+        assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+    def test_a_finished_run_reloads_without_training(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = training.run(RUNS["natural"], tiny, tmp_path)
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert sorted(files) == ["history.json", "record.json", "weights.pt"]
+
+        def never(*_: Any, **__: Any) -> Any:
+            raise AssertionError("computed again")
+
+        monkeypatch.setattr(training, "train_epoch", never)
+        monkeypatch.setattr(evaluation, "class_errors", never)
+        again = training.run(RUNS["natural"], tiny, tmp_path)
+        for ours, theirs in zip(again.parameters(), first.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+    def test_a_lost_record_is_made_again_from_the_weights(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        training.run(RUNS["natural"], tiny, tmp_path)
+        record = (tmp_path / "record.json").read_bytes()
+        (tmp_path / "record.json").unlink()
+        stop_at(monkeypatch, 0, 0)
+        training.run(RUNS["natural"], tiny, tmp_path)
+        assert (tmp_path / "record.json").read_bytes() == record
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_another_configuration_is_refused_and_nothing_touched(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+    ) -> None:
+        if finished:
+            training.run(RUNS["natural"], tiny, tmp_path)
+        else:
+            with monkeypatch.context() as patch, pytest.raises(StoppedError):
+                stop_at(patch, 2, 0)
+                training.run(RUNS["natural"], tiny, tmp_path)
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(KitError, match=r"lr is 0\.001 there and 0\.002 here"):
+            training.run(replace(RUNS["natural"], lr=0.002), tiny, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+    def test_damaged_weights_are_refused(self, tiny: Dataset, tmp_path: Path) -> None:
+        training.run(RUNS["natural"], tiny, tmp_path)
+        (tmp_path / "weights.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:-500])
+        with pytest.raises(KitError, match=r"weights\.pt is no whole file"):
+            training.run(RUNS["natural"], tiny, tmp_path)
+
+    def test_divergence_names_the_place_and_keeps_the_checkpoint(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        training.run(RUNS["natural"], tiny, tmp_path / "straight")
+        calls = []
+        loss = training.loss
+
+        def nan_at_the_seventh(*arguments: Any) -> Tensor:
+            calls.append(None)
+            return loss(*arguments) * (math.nan if len(calls) == 7 else 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "loss", nan_at_the_seventh)
+            with pytest.raises(training.TrainingDivergedError, match="epoch 2, batch 3: the loss is nan") as caught:
+                training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+        assert "lr = 0.001" in str(caught.value)
+        assert checkpoint.read(tmp_path / "stopped" / "checkpoint.pt")["epoch"] == 1
+        training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+        assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+    def test_what_history_and_record_hold(self, tiny: Dataset, tmp_path: Path) -> None:
+        config = RUNS["pgd_at"]
+        model = training.run(config, tiny, tmp_path)
+        history = json.loads((tmp_path / "history.json").read_text())
+        assert set(history) == {"config", "kernel", "threads", "versions", "epochs"}
+        assert Config(**history["config"]) == config
+        assert history["threads"] == torch.get_num_threads()
+        assert history["kernel"] in ("native", "portable")
+        assert len(history["epochs"]) == 3
+        for epoch in history["epochs"]:
+            assert set(epoch) == {"loss", "lr", "validation", "seconds"}
+            assert epoch["loss"] > 0
+            assert epoch["seconds"] >= 0
+            for errors in epoch["validation"].values():
+                assert len(errors) == 10
+                assert all(0 <= error <= 1 for error in errors)
+        expected = evaluation.class_errors(model, tiny.validation, Attack(config.eps_255, config.step_255, steps=10))
+        last = history["epochs"][-1]["validation"]
+        assert last == {"natural": expected.natural.tolist(), "robust": expected.robust.tolist()}
+        record = json.loads((tmp_path / "record.json").read_text())
+        assert Config(**record["config"]) == config
+        assert [entry["attack"]["eps_255"] for entry in record["attacks"]] == [8, 16]
+        assert record["images"] == 50
+        weights = checkpoint.read(tmp_path / "weights.pt")
+        assert set(weights) == {"config", "num_classes", "model"}
+        assert record["weights_sha256"] == checkpoint.digest(weights["model"])
+
+    def test_training_learns(self, tiny: Dataset, tmp_path: Path) -> None:
+        training.run(replace(RUNS["natural"], epochs=12, lr=0.005), tiny, tmp_path)
+        history = json.loads((tmp_path / "history.json").read_text())["epochs"]
+        record = json.loads((tmp_path / "record.json").read_text())
+        assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+        assert sum(record["natural"]) / 10 < 0.45  # guessing is 0.9
+
+    def test_mean_loss_weighs_batches_by_their_images(
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        values = iter([1.0, 2.0, 3.0, 40.0])
+        monkeypatch.setattr(training, "loss", lambda model, x, *_: model(x).sum() * 0 + next(values))
+        training.run(replace(RUNS["natural"], epochs=1), tiny, tmp_path)
+        (epoch,) = json.loads((tmp_path / "history.json").read_text())["epochs"]
+        assert epoch["loss"] == pytest.approx((64 * (1 + 2 + 3) + 8 * 40) / 200)
+
+    def test_the_callers_random_state_is_left_alone(self, tiny: Dataset, tmp_path: Path) -> None:
+        torch.manual_seed(3)
+        expected = torch.rand(2)
+        torch.manual_seed(3)
+        training.run(RUNS["trades"], tiny, tmp_path)
+        assert torch.equal(torch.rand(2), expected)
+
+
+class TestProgress:
+    def test_one_line_per_epoch_where_nobody_watches(
+        self, tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str], unwatched: None
+    ) -> None:
+        training.run(RUNS["natural"], tiny, tmp_path / "digits" / "natural" / "seed0")
+        out, err = capfd.readouterr()
+        assert err == ""
+        lines = out.splitlines()
+        assert len(lines) == 3
+        for number, line in enumerate(lines, 1):
+            assert line.startswith(f"digits/natural/seed0 epoch {number}/3: loss ")
+            assert line.endswith(" images/s")
+
+    def test_a_bar_and_no_lines_where_someone_does(
+        self, tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(training, "watched", lambda: True)
+        training.run(RUNS["natural"], tiny, tmp_path)
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert "epoch 1/3" in err
+
+    @pytest.mark.parametrize(
+        ("terminal", "variable", "expected"), [(True, "", True), (False, "x.ipynb", True), (False, "", False)]
+    )
+    def test_who_watches(self, monkeypatch: pytest.MonkeyPatch, terminal: bool, variable: str, expected: bool) -> None:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+        if variable:
+            monkeypatch.setenv("JPY_SESSION_NAME", variable)
+        assert training.watched() is expected
+
+
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from frlkit import training
+from frlkit.data import Dataset, Split
+
+folder = Path(sys.argv[1])
+tensors = torch.load(folder / "data.pt")
+tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
+straight = training.train_epoch
+
+def train_epoch(model, optimizer, split, config, epoch):
+    for number, item in enumerate(straight(model, optimizer, split, config, epoch)):
+        yield item
+        if epoch == 1 and number == 2:  # the weights have changed since the checkpoint
+            print("IN THE MIDDLE", flush=True)
+            time.sleep(300)
+
+training.train_epoch = train_epoch
+training.run(training.Config(**json.loads(sys.argv[2])), tiny, folder / "killed")
+"""
+
+
+@pytest.mark.usefixtures("unwatched")
+@pytest.mark.parametrize("name", ["pgd_at", "trades"])
+def test_killed_in_the_middle_of_an_epoch(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    torch.save(
+        [(split.images, split.labels) for split in (tiny.train, tiny.validation, tiny.test)], tmp_path / "data.pt"
+    )
+    config = replace(RUNS[name], batch_size=40)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(asdict(config))]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert any("IN THE MIDDLE" in line for line in process.stdout), "it ended by itself"
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert sorted(os.listdir(tmp_path / "killed")) == ["checkpoint.pt"]
+    training.run(config, tiny, tmp_path / "killed")  # as a new process would
+    said = capsys.readouterr().out
+    assert "epoch 1/3" not in said  # it went on, it did not start again
+    assert "epoch 2/3" in said
+    training.run(config, tiny, tmp_path / "straight")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.usefixtures("unwatched")
+class TestStudy:
+    VALUES = {"epochs": 1, "batch_size": 100}
+
+    @pytest.fixture
+    def finished(self, tiny: Dataset, tmp_path: Path) -> Path:
+        training.study(["natural"], [0, 1], "digits", tmp_path, tiny, **self.VALUES)
+        return tmp_path
+
+    def read(self, runs: Path, **change: Any) -> Any:
+        arguments: dict[str, Any] = {"recipes": ["natural"], "seeds": [0, 1], "dataset": "digits"}
+        arguments.update({**self.VALUES, **change})
+        return training.study(runs=runs, tensors=None, **arguments)
+
+    def test_without_data_the_records_are_read(self, finished: Path) -> None:
+        records, histories = self.read(finished)
+        assert list(records) == list(histories) == ["natural"]
+        for seed in (0, 1):
+            place = finished / "digits" / "natural" / f"seed{seed}"
+            assert records["natural"][seed] == json.loads((place / "record.json").read_text())
+            assert histories["natural"][seed] == json.loads((place / "history.json").read_text())
+            assert records["natural"][seed]["config"]["seed"] == seed
+        weights = [record["weights_sha256"] for record in records["natural"]]
+        assert weights[0] != weights[1]
+
+    def test_missing_runs_are_refused(self, finished: Path) -> None:
+        with pytest.raises(KitError, match="seed2"):
+            self.read(finished, seeds=[0, 2])
+        with pytest.raises(KitError, match="trades"):
+            self.read(finished, recipes=["natural", "trades"])
+        (finished / "digits" / "natural" / "seed1" / "history.json").unlink()
+        with pytest.raises(KitError, match=r"history\.json"):
+            self.read(finished)
+
+    def test_a_run_of_another_configuration_is_refused(self, finished: Path) -> None:
+        with pytest.raises(KitError, match="epochs is 1 there and 2 here"):
+            self.read(finished, epochs=2)
+
+    def test_a_record_without_a_configuration_is_refused(self, finished: Path) -> None:
+        path = finished / "digits" / "natural" / "seed0" / "record.json"
+        path.write_text("{}\n")
+        with pytest.raises(KitError, match="seed0"):
+            self.read(finished)
+
+    def test_a_history_of_another_configuration_is_refused(self, finished: Path) -> None:
+        path = finished / "digits" / "natural" / "seed0" / "history.json"
+        history = json.loads(path.read_text())
+        history["config"]["lr"] = 0.5
+        path.write_text(json.dumps(history))
+        with pytest.raises(KitError, match=r"lr is 0\.5 there"):
+            self.read(finished)
+
+    def test_finished_runs_are_not_trained_again(
+        self, finished: Path, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trained: list[int] = []
+        straight: Callable[..., Any] = training.train_epoch
+
+        def train_epoch(*arguments: Any) -> Iterator[tuple[int, float]]:
+            trained.append(arguments[3].seed)
+            yield from straight(*arguments)
+
+        monkeypatch.setattr(training, "train_epoch", train_epoch)
+        records, _ = training.study(["natural"], [0, 1, 2], "digits", finished, tiny, **self.VALUES)
+        assert trained == [2]
+        assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]
