@@ -203,7 +203,7 @@ def load(folder: Path, config: Config, device: str | torch.device = "cpu") -> nn
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
     state = checkpoint.read(folder / "weights.pt", device)
     checkpoint.refuse_other(folder, state["config"], asdict(config))
-    model = models.build(config.model, state["num_classes"]).to(device)
+    model = models.build(config.model, state["num_classes"], seed=config.seed).to(device)
     model.load_state_dict(state["model"])
     return model
 
