@@ -59,6 +59,7 @@ def pgd(
     KitError
         A value out of range, named.
     """
+    x = x.detach()
     eps, step_size = _check(x, y, eps, step_size, steps, random_start, restarts, loss)
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     with evaluating(model):
@@ -167,7 +168,7 @@ def _check(
         raise KitError(f"y of shape {tuple(y.shape)}, {y.dtype}: give one int64 label for each of the {len(x)} images")
     if loss not in LOSSES:
         raise KitError(f"loss = {loss!r} is unknown: use one of {', '.join(LOSSES)}")
-    if random_start not in (True, False, "gaussian"):
+    if not isinstance(random_start, bool) and random_start != "gaussian":
         raise KitError(f"random_start = {random_start!r}: use True, False or 'gaussian'")
     for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -186,6 +187,8 @@ def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         column = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     except (TypeError, ValueError, RuntimeError):
         raise KitError(f"{name} = {value!r}: use a number in [0, 1], such as 8 / 255, or one per image") from None
+    if column.ndim == 0 and not 0 <= column <= 1:  # one radius per class may grow beyond, a single 8 is a wrong unit
+        raise KitError(f"{name} = {value!r}: use a number in [0, 1], such as 8 / 255, or one value per image")
     if column.shape not in ((), x.shape[:1]):
         raise KitError(
             f"{name} has shape {tuple(column.shape)}: use a number or one value for each of the {len(x)} images"

@@ -89,6 +89,8 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
 
     Raises `KitError` where a class has no image or the network has too few outputs for the labels.
     """
+    if not len(split):
+        raise KitError("the split has no images: its errors are undefined")
     clean, attacked = [], []
     for number, start in enumerate(range(0, len(split), BATCH)):
         x, y = split.batch(slice(start, start + BATCH))

@@ -58,12 +58,12 @@ class Config:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
             fits = isinstance(value, (int, float)) if kind == "float" else type(value).__name__ == kind
-            if not fits or isinstance(value, bool) or (kind == "float" and not math.isfinite(value)):
-                raise KitError(f"{field.name} = {value!r} is not allowed: use a finite {kind}")
+            if not fits or isinstance(value, bool):
+                raise KitError(f"{field.name} = {value!r} is not allowed: use a {kind}")
             low, high, allowed = RANGES[field.name]
             if allowed and value not in allowed:
                 raise KitError(f"{field.name} = {value!r} is unknown: use one of {', '.join(allowed)}")
-            if not allowed and not low <= value <= high:
+            if not allowed and not low <= value <= high:  # NaN compares false
                 raise KitError(f"{field.name} = {value!r} is not allowed: use a {kind} from {low:g} to {high:g}")
 
 
@@ -101,6 +101,10 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     """The configuration of a named recipe; `values` are further fields of `Config`."""
     if recipe not in RECIPES:
         raise KitError(f"recipe = {recipe!r} is unknown: use one of {', '.join(RECIPES)}")
+    if unknown := set(values) - {field.name for field in fields(Config)}:
+        raise KitError(
+            f"{min(unknown)!r} is no field of a run: use {', '.join(field.name for field in fields(Config))}"
+        )
     return Config(dataset=dataset, seed=seed, **{**RECIPES[recipe], **values})
 
 

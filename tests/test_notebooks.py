@@ -15,7 +15,7 @@ import nbformat
 import pytest
 
 import frlkit
-from frlkit import notebook
+from frlkit import claims, notebook
 
 NOTEBOOKS = sorted((frlkit.PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 DISPARITY, THEORY = NOTEBOOKS[:2]
@@ -70,7 +70,7 @@ class TestCommitted:
 
     def test_ends_with_a_claims_table(self, path: Path) -> None:
         (cell,) = cells(path, "claims")
-        assert frlkit.claims.from_notebook([cell])[0]["claims"]
+        assert claims.from_notebook([cell])[0]["claims"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

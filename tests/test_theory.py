@@ -56,31 +56,46 @@ def test_no_linear_model_beats_the_closed_form(eps: float, prior: float) -> None
         assert found.fun >= best - 1e-9
 
 
-def test_brute_force_grid_in_two_dimensions() -> None:
+@pytest.mark.parametrize("eps", [0.0, 0.2, 0.6])
+def test_brute_force_grid_in_two_dimensions(eps: float) -> None:
     task = GaussianTask(m=1, d=1, gamma=1.0, eta=0.4, sigma=0.8, K=3.0)
-    for eps in (0.0, 0.2, 0.6):
-        rule = task.robust(eps)
-        angles, offsets = np.meshgrid(np.linspace(-math.pi, math.pi, 721), np.linspace(-3, 3, 121), indexing="ij")
-        w = np.stack([np.cos(angles), np.sin(angles)])  # unit length
-        signal, attacked = w[0] * task.gamma + w[1] * task.eta, eps * np.abs(w).sum(0)
-        minus = norm.sf((signal - offsets - attacked) / task.sigma)
-        total = (minus + norm.sf((signal + offsets - attacked) / (task.K * task.sigma))) / 2
-        at = np.unravel_index(total.argmin(), total.shape)
-        value, angle, b = total[at], angles[at], offsets[at]
-        assert value == pytest.approx(risk(task, rule.w, rule.b, eps), abs=2e-4)
-        assert math.atan2(rule.w_nonrobust, rule.w_robust) == pytest.approx(angle, abs=0.02)
-        assert rule.b == pytest.approx(b, abs=0.06)
+    angle, b = np.meshgrid(np.linspace(-math.pi, math.pi, 721), np.linspace(-3, 3, 601), indexing="ij")
+    signal = np.cos(angle) + 0.4 * np.sin(angle) - eps * (np.abs(np.cos(angle)) + np.abs(np.sin(angle)))
+    risks = norm.cdf((b - signal) / 0.8) / 2 + norm.cdf((-b - signal) / 2.4) / 2
+    best, rule = risks.argmin(), task.robust(eps)
+    assert sum(rule.errors(eps)) / 2 == pytest.approx(risks.flat[best], abs=1e-5)
+    assert sum(rule.errors(eps)) / 2 <= risks.min() + 1e-12
+    assert math.atan2(rule.w_nonrobust, rule.w_robust) == pytest.approx(angle.flat[best], abs=0.01)
+    assert rule.b == pytest.approx(b.flat[best], abs=0.02)
 
 
 def test_above_gamma_one_coordinate_is_best() -> None:
     task = GaussianTask(m=4, d=3, gamma=1.0, eta=0.3, sigma=1.0, K=1.5)
     rule = task.robust(1.4)
     assert np.count_nonzero(rule.w) == 1
-    everything = replace(rule, w=np.array([0.5] * 4 + [0.0] * 3))
+    assert sum(rule.errors(1.4)) == pytest.approx(2 * risk(task, np.eye(7)[0], rule.b, 1.4), rel=1e-12)
+    generator = np.random.default_rng(0)
+    starts = [np.append(np.repeat([0.5, 0.0], [4, 3]), -1.0), *generator.standard_normal((5, 8))]
+    for start in starts:
+        found = minimize(
+            lambda v: risk(task, v[:-1], v[-1], 1.4), start, method="Nelder-Mead", options={"maxiter": 500}
+        )
+        assert found.fun >= sum(rule.errors(1.4)) / 2 - 1e-9
+    everything = replace(rule, w=np.repeat([0.5, 0.0], [4, 3]))
+    everything = replace(everything, b=theory.intercept(4 * 0.5 * (1.0 - 1.4), 1.0, 1.5))
     assert sum(rule.errors(1.4)) < sum(everything.errors(1.4))
 
 
-@pytest.mark.parametrize(("m", "K"), [(400, 2.0), (100, 300.0), (120, 1.0 + 1e-9)])
+def test_at_gamma_only_the_robust_error_is_unique() -> None:
+    rule = TASK.robust(TASK.gamma)
+    single = replace(rule, w=np.eye(23)[0])
+    assert single.errors(TASK.gamma) == pytest.approx(rule.errors(TASK.gamma), rel=1e-12)
+    assert single.errors() != pytest.approx(rule.errors(), rel=1e-3)
+    near = TASK.robust(TASK.gamma - 1e-9)
+    assert near.errors() == pytest.approx(rule.errors(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("m", "K"), [(400, 2.0), (100, 300.0), (90_000, 300.0), (120, 1.0 + 1e-9)])
 def test_tiny_errors_and_extreme_ratios_against_fifty_digits(m: int, K: float) -> None:
     task = GaussianTask(m=m, d=0, gamma=1.0, eta=0.0, sigma=1.0, K=K)
     with mpmath.workdps(50):
@@ -111,22 +126,45 @@ def test_theorem_2_as_printed_with_its_roots_restored() -> None:
     assert TASK.robust(eps).errors(eps0) == pytest.approx(list(expected), rel=1e-12)
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.4, 0.7])
+def test_lemmas_1_and_2_ratios_of_the_weights_and_the_intercept(eps: float) -> None:
+    m, d, gamma, eta, sigma, K = 3, 20, 1.3, 0.4, 1.5, 2.0
+    rule = GaussianTask(m, d, gamma, eta, sigma, K).robust(eps)
+    S2 = m * gamma**2 + d * eta**2 if eps == 0 else m * (gamma - eps) ** 2
+    root = math.sqrt(4 / (K**2 - 1) ** 2 + 2 * sigma**2 * math.log(K) / (S2 * (K**2 - 1)))
+    w0 = S2 * ((K**2 + 1) / (K**2 - 1) - K * root)
+    assert rule.b / rule.w_robust == pytest.approx(w0 / (gamma - eps), rel=1e-12)
+    assert rule.w_nonrobust / rule.w_robust == pytest.approx(eta / gamma if eps == 0 else 0)
+
+
+def test_information_is_what_dropping_the_features_alone_costs() -> None:
+    information, threshold = TASK.decompose(0.6)
+    fewer = replace(TASK, d=0)
+    assert information == pytest.approx(fewer.natural().gap() / TASK.natural().gap(), rel=1e-9)
+    assert threshold == pytest.approx(TASK.robust(0.6).gap() / fewer.natural().gap(), rel=1e-9)
+
+
 @settings(max_examples=60, deadline=None)
 @given(tasks, st.floats(0.01, 0.99))
 def test_properties(task: GaussianTask, share: float) -> None:
     eps = share * task.gamma
     natural, robust = task.natural(), task.robust(eps)
-    assert task.robust(0.0).errors(0.3) == natural.errors(0.3)
-    if task.d:
-        assert robust.w_robust * max(task.eta - eps, 0) == pytest.approx(robust.w_nonrobust * (task.gamma - eps))
+    soft = np.maximum(task.theta - eps, 0)
+    assert robust.w == pytest.approx(soft / np.linalg.norm(soft))
+    np.testing.assert_array_equal(task.robust(0.0).w, natural.w)
+    assert task.robust(0.0).b == natural.b
     low, high = robust.scores(eps)
     assert math.log(task.K) - low**2 / 2 == pytest.approx(
         -(high**2) / 2, abs=1e-6 + 1e-9 * low**2
     )  # K phi(z-) = phi(z+)
     if min(natural.errors()) > 1e-200:
         omega = task.omega(eps)
-        assert omega > 1 - 1e-9
-        assert math.prod(task.decompose(eps)) == pytest.approx(omega, rel=1e-9)
+        assert omega > 1
+        assert omega == pytest.approx(robust.gap() / natural.gap(), rel=1e-5)
+        information, threshold = task.decompose(eps)
+        assert (information >= 1 - 1e-9) and threshold > 1
+        for multiplier in (0.9, 1.1):  # the robust gap peaks at the training radius
+            assert robust.gap(eps * multiplier) <= robust.gap(eps) + 1e-15
     if eps >= task.eta and task.m * task.gamma**2 >= 0.5 * task.sigma**2 * math.log(task.K):
         assert task.omega(eps) > theory.corrected_bound(task) * (1 - 1e-9)
     above_half = robust.errors(eps)[1] > 0.5
@@ -152,6 +190,45 @@ def test_equal_variances_have_no_gap() -> None:
         assert task.robust(eps).gap(eps) == pytest.approx(0.0, abs=1e-15)
     near = replace(TASK, K=1 + 1e-12).robust(0.5)
     assert near.errors() == pytest.approx(task.robust(0.5).errors(), rel=1e-9)
+    with pytest.raises(KitError, match=r"^K = 1.0 is not allowed: use K > 1 for Ω"):
+        task.omega(0.5)
+    with pytest.raises(KitError, match=r"^prior = 0.3 is not allowed"):
+        replace(TASK, prior=0.3).omega(0.5)
+
+
+@pytest.mark.parametrize("K", [1 + 1e-4, 2.0, 300.0])
+def test_omega_against_fifty_digits(K: float) -> None:
+    task = GaussianTask(m=2, d=3000, gamma=1.0, eta=0.4, sigma=1.0, K=K)
+    with mpmath.workdps(50):
+        k, gaps = mpmath.mpf(K), []
+        for square, kept in ((2 + 3000 * mpmath.mpf(0.4) ** 2, 1), (2, mpmath.mpf(0.5))):
+            S = mpmath.sqrt(square)
+            trained = S * kept  # sqrt(m)(gamma - eps) for the robust model
+            c = ((k**2 + 1) * trained - 2 * k * mpmath.sqrt(trained**2 + (k**2 - 1) / 2 * mpmath.log(k))) / (k**2 - 1)
+            gaps.append(mpmath.ncdf((-c - S) / k) - mpmath.ncdf(c - S))
+        assert task.omega(0.5) == pytest.approx(float(gaps[1] / gaps[0]), rel=1e-7)
+
+
+def test_equal_variances_above_gamma_leave_only_the_prior() -> None:
+    for prior, answer in ((0.3, -math.inf), (0.5, -math.inf), (0.7, math.inf)):
+        assert replace(TASK, K=1.0, prior=prior).robust(1.2).b == answer
+    assert replace(TASK, K=1.0).robust(1.0).b == 0
+
+
+def test_a_constant_answer_wins_exactly_when_no_threshold_beats_it() -> None:
+    outcomes = set()
+    c = np.linspace(-60, 60, 24_001)
+    for S in (-1.0, 0.0, 0.5, 2.0):
+        for K in (1.5, 4.0):
+            for prior in (0.2, 0.5, 0.6, 0.8, 0.95):
+                best = theory.intercept(S, 1.0, K, prior)
+                risks = (1 - prior) * norm.cdf(c - S) + prior * norm.cdf((-c - S) / K)
+                finite = bool(risks.min() < 1 - prior - 1e-9)
+                outcomes.add(finite)
+                assert math.isfinite(best) == finite
+                if finite:
+                    assert best == pytest.approx(c[risks.argmin()], abs=0.006)
+    assert outcomes == {True, False}
 
 
 def test_extreme_priors_end_in_a_constant_classifier() -> None:
@@ -175,11 +252,21 @@ def test_reweight_by_k_equalises_the_robust_errors_while_they_are_small() -> Non
             else:  # then always answering +1 costs less than the balanced rule
                 assert (rule.b, low, high) == (math.inf, 1.0, 0.0)
     assert 0 < equalised < 12
-    assert theory.reweight(TASK, 0.6, 1.0).errors(0.3) == pytest.approx(TASK.robust(0.6).errors(0.3), rel=1e-12)
+    assert theory.reweight(TASK, 0.6, 1.0).b == TASK.robust(0.6).b
+    with pytest.raises(KitError, match=r"^weight = 0 is not allowed"):
+        theory.reweight(TASK, 0.6, 0)
+
+
+def test_reweight_minimises_the_weighted_risk() -> None:
+    rule = theory.reweight(TASK, 0.3, 1.7)
+    b = np.linspace(-5, 5, 2001)
+    candidates = [replace(rule, b=value).errors(0.3) for value in b]
+    assert rule.b == pytest.approx(b[np.argmin([minus + 1.7 * plus for minus, plus in candidates])], abs=0.005)
+    assert rule.task == TASK
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
-def test_remargin_helps_only_below_half(sigma: float) -> None:
+def test_remargin_helps_exactly_below_half(sigma: float) -> None:
     task = replace(TASK, sigma=sigma)
     for eps_plus in (0.5, 0.6, 0.7, 0.8, 0.9):
         rule = theory.remargin(task, 0.5, eps_plus)
@@ -203,31 +290,63 @@ def test_remargin_is_the_minimiser_of_its_own_risk() -> None:
 
 
 def test_the_papers_swap_argument_fails() -> None:
-    signal = [sum(w) / math.sqrt(sum(v * v for v in w)) for w in ((1, 2, 1, 1, 1, 1), (2, 2, 1, 1, 1, 1))]
+    task = GaussianTask(6, 0, 1.0, 0.0, 1.0, 2.0)
+    before, after = np.array([1.0, 2, 1, 1, 1, 1]), np.array([2.0, 2, 1, 1, 1, 1])
+    signal = [theory.LinearRule(task, w, 0.0).S for w in (before, after)]
     assert [round(value, 4) for value in signal] == [2.3333, 2.3094]
 
 
-def test_trained_models_reach_their_optima() -> None:
+@pytest.mark.parametrize("eps", [0.0, 0.5])
+def test_trained_models_reach_their_optima(eps: float) -> None:
     task = GaussianTask(2, 8, 1.0, 0.3, 1.0, 3.0)
-    for eps in (0.0, 0.5):
-        rule = task.robust(eps)
-        sharp = theory.train(task, eps, n=40_000, steps=300, seed=0, sharpness=8.0)
-        assert sum(sharp.errors(eps)) == pytest.approx(sum(rule.errors(eps)), rel=0.01)
-        assert (np.abs(sharp.w[2:]) < 1e-9).all() == (eps > 0)
-        optimum = theory.logistic_limit(task, eps)
-        trained = theory.train(task, eps, n=40_000, steps=300, seed=0)
-        assert trained.w[:2].mean() == pytest.approx(optimum.w_robust, rel=0.05)
-        assert trained.b == pytest.approx(optimum.b, abs=0.05)
+    best = task.robust(eps)
+    sharp = theory.train(task, eps, 40_000, 200, seed=0, sharpness=5)
+    assert sum(best.errors(eps)) <= sum(sharp.errors(eps)) == pytest.approx(sum(best.errors(eps)), rel=0.005)
+    assert (sharp.w[2:] == 0).all() == (eps > 0)
+    smooth, limit = theory.train(task, eps, 40_000, 200, seed=0), theory.logistic_limit(task, eps)
+    assert [*smooth.w, smooth.b] == pytest.approx([*limit.w, limit.b], abs=0.04)
+
+
+def test_the_logistic_limit_is_stationary() -> None:
+    """Against scipy's minimiser of the loss on sampled margins with common random numbers, all weights free."""
+    task = GaussianTask(1, 2, 1.0, 0.4, 1.0, 2.0)
+    x, y = task.sample(200_000, seed=5)
+
+    def loss(v: np.ndarray) -> float:
+        return float(np.logaddexp(0, -(y * (x @ v[:3] + v[3]) - 0.2 * np.abs(v[:3]).sum())).mean())
+
+    limit = theory.logistic_limit(task, 0.2)
+    found = minimize(loss, np.full(4, 0.5), method="BFGS")
+    assert found.x == pytest.approx([*limit.w, limit.b], abs=0.03)
 
 
 def test_a_logistic_model_can_reverse_the_claim() -> None:
     task = GaussianTask(1, 100, 1.0, 0.5, 4.0, 2.0)
-    natural, robust = theory.logistic_limit(task, 0.0), theory.logistic_limit(task, 0.8)
-    assert robust.gap() / natural.gap() < 1 < task.omega(0.8)
+    limits = theory.logistic_limit(task, 0.0), theory.logistic_limit(task, 0.8)
+    trained = theory.train(task, 0.0, 5000, 200, seed=0), theory.train(task, 0.8, 5000, 200, seed=0)
+    for natural, robust in (limits, trained):
+        assert 0 < robust.gap() < natural.gap()
+    assert task.omega(0.8) > 3
+
+
+def test_printed_bound_fails_and_corrected_bound_holds_where_classes_differ_most() -> None:
+    for K in (5.0, 50.0, 300.0):
+        task = GaussianTask(m=10, d=200, gamma=1.0, eta=0.4, sigma=1.0, K=K)
+        assert theory.corrected_bound(task) < task.omega(0.5) < theory.printed_bound(task)
+    assert GaussianTask(m=10, d=200, gamma=1.0, eta=0.4, sigma=1.0, K=1e6).omega(0.5) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(KitError, match=r"^gamma = 1.0 is not allowed: use at least sigma"):
+        theory.corrected_bound(GaussianTask(m=1, d=9, gamma=1.0, eta=0.4, sigma=3.0, K=9.0))
+
+
+def test_remargin_refuses_radii_that_use_other_features() -> None:
+    for pair, name in (((0.1, 0.6), "eps_minus"), ((0.6, 1.1), "eps_plus")):
+        with pytest.raises(KitError, match=rf"^{name} = .* is not allowed: use a radius from eta"):
+            theory.remargin(TASK, *pair)
 
 
 def test_sampler_has_the_stated_moments() -> None:
-    x, y = TASK.sample(40_000, seed=3)
+    x, y = replace(TASK, prior=0.25).sample(40_000, seed=3)
+    assert (y == 1).sum() == 10_000
     for label, spread in ((-1, TASK.sigma), (1, TASK.K * TASK.sigma)):
         part = x[y == label]
         assert part.mean(0) == pytest.approx(label * TASK.theta, abs=6 * spread / math.sqrt(len(part)))
