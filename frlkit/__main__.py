@@ -48,7 +48,7 @@ def reproduce(dataset: str, retrain: bool, output: Path) -> None:
     click.echo(run_all(dataset, output.resolve(), retrain=retrain))
 
 
-@main.command()
+@main.command(short_help="Train and evaluate a recipe, resuming what is there.")
 @click.argument("recipe")
 @click.option("--dataset", default="fashion_mnist", show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
@@ -71,7 +71,7 @@ def train(
         training.run(config, tensors, training.folder(runs, recipe, config))
 
 
-@main.command()
+@main.command(short_help="Class-wise errors of any LeNet-5's weights.")
 @click.argument("weights", type=click.Path(path_type=Path))
 @click.option("--model", "model_name", default="lenet5", show_default=True)
 @click.option("--dataset", default="fashion_mnist", show_default=True)

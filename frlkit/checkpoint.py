@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -106,7 +107,9 @@ def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
             return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise KitError(f"there is no file {path}: give the path of a file that torch.save wrote") from None
-    except Exception as error:  # a damaged pickle can raise anything
+    except pickle.UnpicklingError:  # torch's own message explains how to run the code in it
+        raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded") from None
+    except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
         raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded ({reason})") from None
 
