@@ -12,12 +12,12 @@ from frlkit import PROJECT, KitError, __version__
 
 
 class _Group(click.Group):
-    """Shows a `KitError` as its one sentence, exit code 1, and Ctrl-C as a word on how to go on."""
+    """Shows a `KitError`, or a file that cannot be read or written, as one sentence, and Ctrl-C as how to go on."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except KitError as error:
+        except (KitError, OSError) as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
             raise click.ClickException("interrupted; the same command goes on from here") from None

@@ -70,7 +70,10 @@ class ClassErrors:
 
 
 def stream(*keys: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A random generator that depends on whole numbers alone, such as (seed, epoch): no state is carried over."""
+    """A random generator that depends on whole numbers alone, such as (seed, epoch): no state is carried over.
+
+    Calls must agree on how many keys they give for one purpose: a trailing 0 counts as absent.
+    """
     seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
     return torch.Generator(device=device).manual_seed(seed % 2**63)
 
@@ -203,10 +206,9 @@ def robust_errors(record: dict[str, Any], eps_255: float) -> np.ndarray:
 
 def largest_difference(record: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest class-wise difference (a fraction) of two records of one model under the same attacks."""
+    ours, theirs = ({Attack(**entry["attack"]): entry["robust"] for entry in r["attacks"]} for r in (record, other))
+    if only := set(ours) ^ set(theirs):
+        raise KitError(f"only one of the two records has {min(map(str, only))}: evaluate both alike")
     differences = [np.subtract(record["natural"], other["natural"])]
-    theirs = {json.dumps(entry["attack"]): entry for entry in other["attacks"]}
-    for entry in record["attacks"]:
-        if json.dumps(entry["attack"]) not in theirs:
-            raise KitError(f"only one of the two records has {Attack(**entry['attack'])}: evaluate both alike")
-        differences.append(np.subtract(entry["robust"], theirs[json.dumps(entry["attack"])]["robust"]))
+    differences += [np.subtract(ours[attack], theirs[attack]) for attack in ours]
     return float(np.abs(differences).max())

@@ -432,7 +432,7 @@ class TestBadInput:
         x, y = batch(4)
         assert "torch.uint8" in self.message(lenet, (255 * x).to(torch.uint8), y)
         assert "(4, 32, 32)" in self.message(lenet, x[:, 0], y)
-        assert "1, 28, 28)" in self.message(lenet, x[..., :28, :28], y)
+        assert ", 1, 28, 28)" in self.message(lenet, x[..., :28, :28], y)
 
     def test_labels_of_another_kind(self, lenet: nn.Module) -> None:
         x, y = batch(4)

@@ -1,9 +1,9 @@
-"""Class-wise errors against counting by hand and one image at a time; records that are reused, or are not."""
+"""Class-wise errors against counting by hand, and records that are reused only where they may be."""
 
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,279 +14,335 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frlkit import KitError, evaluation, models
+from frlkit import KitError, attacks, checkpoint, evaluation, models
 from frlkit.data import Dataset, Split
-from frlkit.evaluation import Attack, class_errors, evaluate, tally
+from frlkit.evaluation import Attack
 
-WEAK = Attack(eps_255=8, steps=2)
+QUICK = Attack(eps_255=8, step_255=4, steps=2)
+OTHER = Attack(eps_255=16, step_255=4, steps=2, loss="margin")
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return models.build("lenet5", seed=0)
+def model(tiny: Dataset) -> nn.Module:
+    """A LeNet-5 after a few steps on the digits: some classes right, some wrong."""
+    network = models.build("lenet5", seed=0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.005)
+    x, y = tiny.train.batch(slice(0, 200))
+    for _ in range(25):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    return network
 
 
-@pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> list[Attack]:
-    """The attacks that `evaluate` really computes, from here on."""
-    computed: list[Attack] = []
-    original = evaluation.class_errors
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("computed again")
 
-    def spy(model: nn.Module, split: Split, attack: Attack, *rest: Any, **options: Any) -> evaluation.ClassErrors:
-        computed.append(attack)
-        return original(model, split, attack, *rest, **options)
 
-    monkeypatch.setattr(evaluation, "class_errors", spy)
-    return computed
+class TestTally:
+    labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
+    clean = np.array([0, 0, 0, 1, 1, 1, 2, 0, 0, 2])
+    attacked = np.array([0, 2, 2, 0, 1, 1, 0, 0, 0, 0])
+
+    def test_by_hand(self) -> None:
+        found = evaluation.tally(self.labels, self.clean, self.attacked)
+        assert found.natural.tolist() == [1 / 4, 0, 1 / 2]
+        assert found.robust.tolist() == [3 / 4, 0, 1]  # the fourth, wrong clean and right attacked, is an error too
+        assert found.boundary.tolist() == [1 / 2, 0, 1 / 2]
+        assert found.counts.tolist() == [4, 2, 4]
+        assert found.confusion.tolist() == [[2, 0, 2], [0, 2, 0], [4, 0, 0]]
+
+    @given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=40))
+    def test_against_counting(self, rows: list[tuple[int, int, int]]) -> None:
+        rows += [(label, label, label) for label in range(4)]  # every class has an image
+        found = evaluation.tally(*np.array(rows).T)
+        for label in range(4):
+            mine = [(clean, attacked) for own, clean, attacked in rows if own == label]
+            natural = sum(clean != label for clean, _ in mine)
+            boundary = sum(clean == label != attacked for clean, attacked in mine)
+            assert found.natural[label] == pytest.approx(natural / len(mine))
+            assert found.boundary[label] == pytest.approx(boundary / len(mine), abs=1e-12)
+            assert found.robust[label] == pytest.approx((natural + boundary) / len(mine))
+            assert found.counts[label] == found.confusion[label].sum() == len(mine)
+
+    def test_a_prediction_beyond_the_labels_has_its_column(self) -> None:
+        found = evaluation.tally(np.array([0, 1]), np.array([0, 1]), np.array([0, 4]))
+        assert found.confusion.tolist() == [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+
+    def test_a_class_without_images(self) -> None:
+        with pytest.raises(KitError, match="class 1 has no image"):
+            evaluation.tally(np.array([0, 2]), np.array([0, 2]), np.array([0, 2]))
+
+
+class TestClassErrors:
+    def test_without_a_radius_robust_is_natural(self, model: nn.Module, tiny: Dataset) -> None:
+        found = evaluation.class_errors(model, tiny.test, Attack(eps_255=0, steps=2))
+        assert found.robust.tolist() == found.natural.tolist()
+        assert 0 < found.natural.mean() < 0.9
+
+    def test_one_image_at_a_time(self, model: nn.Module, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With an attack that is a fixed function of the image, in batches that do not divide the split."""
+
+        def darken(model: nn.Module, x: Tensor, *_: Any, **__: Any) -> Tensor:
+            return 0.6 * x
+
+        monkeypatch.setattr(evaluation, "pgd", darken)
+        monkeypatch.setattr(evaluation, "BATCH", 16)
+        found = evaluation.class_errors(model, tiny.test, QUICK)
+        wrong_clean, wrong_attacked, confusion = np.zeros(10), np.zeros(10), np.zeros((10, 10), dtype=int)
+        for image, label in zip(tiny.test.images.float() / 255, tiny.test.labels.tolist(), strict=True):
+            clean = int(model(image[None]).argmax())
+            attacked = int(model(0.6 * image[None]).argmax()) if clean == label else clean
+            wrong_clean[label] += clean != label
+            wrong_attacked[label] += attacked != label
+            confusion[label, attacked] += 1
+        assert found.natural.tolist() == (wrong_clean / 5).tolist()
+        assert found.robust.tolist() == (wrong_attacked / 5).tolist()
+        assert found.confusion.tolist() == confusion.tolist()
+        assert found.boundary.sum() > 0
+
+    def test_the_attack_is_the_one_described(
+        self, model: nn.Module, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def spy(model: nn.Module, x: Tensor, y: Tensor, *rest: Any, **names: Any) -> Tensor:
+            calls.append((rest, {name: value for name, value in names.items() if name != "generator"}))
+            return x
+
+        monkeypatch.setattr(evaluation, "pgd", spy)
+        evaluation.class_errors(model, tiny.test, Attack(12, 3, 7, 2, "margin"))
+        assert calls == [((12 / 255, 3 / 255, 7), {"restarts": 2, "loss": "margin"})]
+
+    def test_the_seed_decides_the_random_starts(
+        self, model: nn.Module, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        starts: list[Tensor] = []
+
+        def spy(*arguments: Any, **names: Any) -> Tensor:
+            starts.append(attacks.pgd(*arguments, **names))
+            return starts[-1]
+
+        monkeypatch.setattr(evaluation, "pgd", spy)
+        monkeypatch.setattr(evaluation, "BATCH", 25)
+        twice = Split(tiny.test.images[:25].repeat(2, 1, 1, 1), torch.arange(10).repeat(5))
+        for seed, noise in ((0, 0), (0, 7), (1, 0)):
+            torch.manual_seed(noise)
+            evaluation.class_errors(model, twice, Attack(step_255=0, steps=1, seed=seed))
+        assert torch.equal(starts[0], starts[2])
+        assert torch.equal(starts[1], starts[3])
+        assert not torch.equal(starts[0], starts[1])  # the same images in another batch start elsewhere
+        assert not torch.equal(starts[0], starts[4])
+
+    def test_a_larger_radius_is_not_easier(self, model: nn.Module, tiny: Dataset) -> None:
+        errors = [evaluation.class_errors(model, tiny.test, Attack(eps, 4, 10)).robust.mean() for eps in (0, 8, 32)]
+        assert errors[0] < errors[1] < errors[2]
+
+    def test_the_mode_is_restored(self, model: nn.Module, tiny: Dataset) -> None:
+        for training in (True, False):
+            model.train(training)
+            evaluation.class_errors(model, tiny.test, QUICK)
+            assert model.training is training
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_modules_in_mixed_modes_are_restored(self) -> None:
+        network = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(4, 2))
+        network.train()
+        network[1].eval()
+        evaluation.predict(network, torch.rand(3, 1, 2, 2))
+        assert [module.training for module in network] == [True, False, True]
+
+    def test_a_class_without_images(self, model: nn.Module, tiny: Dataset) -> None:
+        kept = tiny.test.labels != 3
+        split = Split(tiny.test.images[kept], tiny.test.labels[kept])
+        with pytest.raises(KitError, match="class 3 has no image"):
+            evaluation.class_errors(model, split, QUICK)
+
+    def test_an_empty_split(self, model: nn.Module, tiny: Dataset) -> None:
+        with pytest.raises(KitError, match="no image"):
+            evaluation.class_errors(model, Split(tiny.test.images[:0], tiny.test.labels[:0]), QUICK)
+
+    @pytest.mark.parametrize("loss", attacks.LOSSES)
+    def test_a_network_with_too_few_outputs(self, tiny: Dataset, loss: str) -> None:
+        network = models.build("lenet5", num_classes=7, seed=0)
+        with pytest.raises(KitError, match="7"):
+            evaluation.class_errors(network, tiny.test, replace(QUICK, loss=loss))
 
 
 class TestAttack:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            *(("eps_255", value) for value in (-1, 256, math.nan, math.inf, "8", None, True)),
-            *(("step_255", value) for value in (-1, 256, math.nan, "2")),
-            *(("steps", value) for value in (-1, 2.0, True, "20")),
-            *(("restarts", value) for value in (0, 1.5, True)),
-            *(("loss", value) for value in ("CE", "dlr", None)),
-            *(("seed", value) for value in (-1, 1.5, "0", None, True)),
+            *(("eps_255", value) for value in (-1, 256, float("nan"), "8", True, None)),
+            *(("step_255", value) for value in (-0.5, float("inf"), "2")),
+            *(("steps", value) for value in (-1, 2.0, "20", True)),
+            *(("restarts", value) for value in (0, 1.0, None)),
+            *(("loss", value) for value in ("dlr", None)),
+            *(("seed", value) for value in (-1, 0.5, "0", None)),
         ],
     )
-    def test_refuses_by_name(self, name: str, value: Any) -> None:
-        with pytest.raises(KitError) as caught:
+    def test_refused_by_name_with_the_value(self, name: str, value: Any) -> None:
+        with pytest.raises(KitError, match=f"^{name} = "):
             Attack(**{name: value})
-        assert f"{name} = {value!r}" in str(caught.value)
 
-    def test_says_everything_that_matters(self) -> None:
+    def test_in_words(self) -> None:
         assert str(Attack()) == "PGD-20 at 8/255, step 2/255"
-        assert str(Attack(2.5, 0.5, 7, 3, "margin")) == "PGD-7 at 2.5/255, step 0.5/255, 3 restarts, margin loss"
+        assert str(Attack(4.5, 1, 7, 3, "margin")) == "PGD-7 at 4.5/255, step 1/255, 3 restarts, margin loss"
+
+    def test_the_standard(self) -> None:
+        assert [(a.eps_255, a.step_255, a.steps, a.restarts, a.loss, a.seed) for a in evaluation.STANDARD] == [
+            (8, 2, 20, 1, "ce", 0),
+            (16, 2, 20, 1, "ce", 0),
+        ]
 
 
-class TestTally:
-    def test_by_hand(self) -> None:
-        labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
-        clean = np.array([0, 0, 0, 1, 1, 1, 0, 1, 2, 2])
-        attacked = np.array([0, 1, 2, 1, 1, 0, 0, 1, 0, 2])
-        errors = tally(labels, clean, attacked)
-        assert errors.counts.tolist() == [4, 2, 4]
-        assert errors.natural.tolist() == [0.25, 0.0, 0.5]
-        assert errors.robust.tolist() == [0.75, 0.5, 0.75]
-        assert errors.boundary.tolist() == [0.5, 0.5, 0.25]
-        assert errors.confusion.tolist() == [[1, 2, 1], [1, 1, 0], [2, 1, 1]]
-
-    def test_wrong_clean_is_wrong_attacked(self) -> None:
-        """An attack that happens to repair a sample does not lower the robust error: the clean image is in the ball."""
-        errors = tally(np.array([0, 1]), np.array([1, 1]), np.array([0, 1]))
-        assert errors.robust.tolist() == [1.0, 0.0]
-
-    @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 4)), max_size=40))
-    def test_the_identity_and_the_loop(self, extra: list[tuple[int, int, int]]) -> None:
-        samples = [(0, 0, 0), (1, 2, 2), (2, 2, 1), *extra]
-        errors = tally(*map(np.array, zip(*samples, strict=True)))
-        for label in range(3):
-            mine = [(c, a) for t, c, a in samples if t == label]
-            natural = sum(c != label for c, _ in mine) / len(mine)
-            boundary = sum(c == label and a != label for c, a in mine) / len(mine)
-            assert errors.natural[label] == pytest.approx(natural)
-            assert errors.boundary[label] == pytest.approx(boundary)
-            assert errors.robust[label] == pytest.approx(natural + boundary)
-        assert errors.confusion.sum() == len(samples)
-
-    def test_a_class_without_images(self) -> None:
-        with pytest.raises(KitError, match="class 1 has no image"):
-            tally(np.array([0, 2]), np.array([0, 2]), np.array([0, 2]))
-
-
-class TestPredict:
-    def test_eval_mode_inside_every_modules_mode_kept_outside(self) -> None:
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3))
-        network[0].eval()
-        images = torch.rand(50, 1, 4, 4)
-        modes = [module.training for module in network.modules()]
-        assert torch.equal(evaluation.predict(network, images), evaluation.predict(network, images))
-        assert [module.training for module in network.modules()] == modes
-
-
-class TestClassErrors:
-    def test_radius_0_equals_one_image_at_a_time(self, model: nn.Module, tiny: Dataset) -> None:
-        wrong, total = [0] * 10, [0] * 10
-        for image, label in zip(tiny.test.images, tiny.test.labels.tolist(), strict=True):
-            with torch.no_grad():
-                row = model(image[None].float() / 255)[0].tolist()
-            wrong[label] += row.index(max(row)) != label
-            total[label] += 1
-        errors = class_errors(model, tiny.test, Attack(eps_255=0, steps=2))
-        assert errors.counts.tolist() == total
-        assert errors.natural.tolist() == pytest.approx([w / t for w, t in zip(wrong, total, strict=True)])
-        assert errors.robust.tolist() == errors.natural.tolist()
-        assert 0 < sum(wrong) < sum(total)
-
-    def test_batches_do_not_matter_to_a_fixed_attack(
-        self, model: nn.Module, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def darken(model: nn.Module, x: Tensor, y: Tensor, eps: float, *_: Any, **__: Any) -> Tensor:
-            return (x - eps).clamp(min=0)
-
-        monkeypatch.setattr(evaluation, "pgd", darken)
-        expected = []
-        for image, label in zip(tiny.test.images, tiny.test.labels.tolist(), strict=True):
-            x = image[None].float() / 255
-            with torch.no_grad():
-                rows = model(x)[0], model((x - 128 / 255).clamp(min=0))[0]
-            expected.append(any(int(row.argmax()) != label for row in rows))
-        found = []
-        for size in (7, 1000):
-            monkeypatch.setattr(evaluation, "BATCH", size)
-            errors = class_errors(model, tiny.test, Attack(eps_255=128))
-            found.append(errors.robust.tolist())
-            assert (errors.robust * errors.counts).sum() == pytest.approx(sum(expected))
-        assert found[0] == found[1]
-
-    def test_the_attacks_numbers_arrive(self, model: nn.Module, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[Any] = []
-
-        def spy(model: nn.Module, x: Tensor, y: Tensor, eps: float, step: float, steps: int, **options: Any) -> Tensor:
-            seen.append((eps, step, steps, options["restarts"], options["loss"]))
-            return x
-
-        monkeypatch.setattr(evaluation, "pgd", spy)
-        class_errors(model, tiny.test, Attack(16, 4, 7, 3, "margin"))
-        assert seen == [(pytest.approx(16 / 255), pytest.approx(4 / 255), 7, 3, "margin")]
-
-    def test_the_seed_decides_and_the_global_generator_does_not(self, model: nn.Module, tiny: Dataset) -> None:
-        def starts(seed: int) -> list[float]:
-            return torch.rand(3, generator=evaluation.stream(seed, 0)).tolist()
-
-        assert starts(0) == starts(0)
-        assert starts(0) != starts(1)
-        results = []
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            results.append(class_errors(model, tiny.test, WEAK).confusion.tolist())
-        assert results[0] == results[1]
-
-    def test_a_network_with_too_few_outputs(self, tiny: Dataset) -> None:
-        with pytest.raises(KitError):
-            class_errors(models.build("lenet5", num_classes=5), tiny.test, WEAK)
-
-    def test_a_class_without_images(self, model: nn.Module, tiny: Dataset) -> None:
-        kept = tiny.test.labels != 4
-        with pytest.raises(KitError, match="class 4 has no image"):
-            class_errors(model, Split(tiny.test.images[kept], tiny.test.labels[kept]), WEAK)
-
-
-class TestEvaluate:
-    def test_the_record(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
+class TestRecord:
+    def test_what_it_holds(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
         path = tmp_path / "record.json"
-        record = evaluate(model, tiny, [WEAK], path=path, about={"config": {"seed": 0}})
-        assert json.loads(path.read_text(), parse_constant=pytest.fail) == record
+        record = evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path, about={"config": {"seed": 3}})
+        assert record == json.loads(path.read_text(), parse_constant=never)
+        assert record["config"] == {"seed": 3}
         assert record["dataset"] == "digits"
         assert record["split"] == "test"
         assert record["class_names"] == list("0123456789")
-        assert record["class_counts"] == [5] * 10
+        assert record["weights_sha256"] == checkpoint.digest(dict(model.state_dict()))
         assert record["images"] == 50
-        assert record["config"] == {"seed": 0}
-        (entry,) = record["attacks"]
-        assert Attack(**entry["attack"]) == WEAK
-        np.testing.assert_allclose(np.add(record["natural"], entry["boundary"]), entry["robust"], atol=1e-12)
-        assert np.sum(entry["confusion"], axis=1).tolist() == [5] * 10
-        assert entry["kernel"] in ("native", "portable")
-        assert entry["versions"]["torch"] == torch.__version__
+        assert record["class_counts"] == [5] * 10
+        assert [entry["attack"] for entry in record["attacks"]] == [asdict(QUICK), asdict(OTHER)]
+        for entry, attack in zip(record["attacks"], (QUICK, OTHER), strict=True):
+            errors = evaluation.class_errors(model, tiny.test, attack)
+            assert record["natural"] == errors.natural.tolist()
+            assert entry["robust"] == errors.robust.tolist()
+            assert np.add(record["natural"], entry["boundary"]).tolist() == pytest.approx(entry["robust"])
+            assert entry["confusion"] == errors.confusion.tolist()
+            assert entry["kernel"] in ("native", "portable")
+            assert entry["versions"]["torch"] == torch.__version__
 
-    def test_a_second_call_computes_nothing(
-        self, model: nn.Module, tiny: Dataset, tmp_path: Path, counting: list[Attack]
-    ) -> None:
-        path = tmp_path / "record.json"
-        first = evaluate(model, tiny, [WEAK], path=path)
-        before = path.stat().st_mtime_ns
-        assert evaluate(model, tiny, [WEAK], path=path) == first
-        assert counting == [WEAK]
-        assert path.stat().st_mtime_ns == before
-
-    def test_only_missing_attacks_are_computed(
-        self, model: nn.Module, tiny: Dataset, tmp_path: Path, counting: list[Attack]
-    ) -> None:
-        path, other = tmp_path / "record.json", Attack(eps_255=4, steps=1)
-        evaluate(model, tiny, [WEAK], path=path)
-        record = evaluate(model, tiny, [other, WEAK], path=path)
-        assert counting == [WEAK, other]
-        assert [Attack(**entry["attack"]) for entry in record["attacks"]] == [WEAK, other]
-        assert evaluation.read_record(path) == record
-
-    @pytest.mark.parametrize("change", ["one weight", "the data set's name", "about"])
-    def test_what_belongs_to_something_else_is_computed_again(
-        self, tiny: Dataset, tmp_path: Path, counting: list[Attack], change: str
-    ) -> None:
-        path, model, data = tmp_path / "record.json", models.build("lenet5", seed=0), tiny
-        first = evaluate(model, data, [WEAK], path=path, about={"config": {"seed": 0}})
-        if change == "one weight":
-            with torch.no_grad():
-                model.fc2.bias[3] += 1e-6
-        elif change == "the data set's name":
-            data = Dataset("other", tiny.class_names, tiny.train, tiny.validation, tiny.test)
-        seed = 1 if change == "about" else 0
-        record = evaluate(model, data, [WEAK], path=path, about={"config": {"seed": seed}})
-        assert counting == [WEAK, WEAK]
-        assert len(record["attacks"]) == 1
-        assert (record["weights_sha256"] != first["weights_sha256"]) == (change == "one weight")
-        assert evaluation.read_record(path) == record
-
-    def test_a_crash_keeps_the_attacks_that_were_done(
+    def test_the_second_time_computes_nothing(
         self, model: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        path, other, original = tmp_path / "record.json", Attack(eps_255=4, steps=1), evaluation.class_errors
+        path = tmp_path / "record.json"
+        first = evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path)
+        before = path.read_bytes()
+        monkeypatch.setattr(evaluation, "class_errors", never)
+        assert evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path) == first
+        assert evaluation.evaluate(model, tiny, [OTHER], path=path) == first
+        assert path.read_bytes() == before
 
-        def stop(model: nn.Module, split: Split, attack: Attack, *rest: Any, **options: Any) -> Any:
-            if attack == other:
+    def test_only_missing_attacks_are_computed(
+        self, model: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "record.json"
+        evaluation.evaluate(model, tiny, [QUICK], path=path)
+        computed: list[Attack] = []
+        straight = evaluation.class_errors
+
+        def spy(model: nn.Module, split: Split, attack: Attack) -> evaluation.ClassErrors:
+            computed.append(attack)
+            return straight(model, split, attack)
+
+        monkeypatch.setattr(evaluation, "class_errors", spy)
+        record = evaluation.evaluate(model, tiny, [OTHER, QUICK], path=path)
+        assert computed == [OTHER]
+        assert [Attack(**entry["attack"]) for entry in record["attacks"]] == [QUICK, OTHER]
+
+    def test_an_interruption_keeps_what_was_computed(
+        self, model: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "record.json"
+        straight = evaluation.class_errors
+
+        def stop_at_other(model: nn.Module, split: Split, attack: Attack) -> evaluation.ClassErrors:
+            if attack == OTHER:
                 raise KeyboardInterrupt
-            return original(model, split, attack, *rest, **options)
+            return straight(model, split, attack)
 
-        monkeypatch.setattr(evaluation, "class_errors", stop)
+        monkeypatch.setattr(evaluation, "class_errors", stop_at_other)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(model, tiny, [WEAK, other], path=path)
-        assert [Attack(**entry["attack"]) for entry in evaluation.read_record(path)["attacks"]] == [WEAK]
+            evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path)
+        (entry,) = json.loads(path.read_text())["attacks"]
+        assert Attack(**entry["attack"]) == QUICK
 
-    def test_the_last_class_without_images(self, model: nn.Module, tiny: Dataset) -> None:
-        """Nine classes have images and ten have names: the tenth has no error, and must not vanish in silence."""
-        kept = tiny.test.labels != 9
-        test = Split(tiny.test.images[kept], tiny.test.labels[kept])
-        with pytest.raises(KitError, match="class 9 has no image"):
-            evaluate(model, Dataset("digits", tiny.class_names, tiny.train, tiny.validation, test), [WEAK])
+    def test_other_weights_are_computed_anew(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
+        path = tmp_path / "record.json"
+        first = evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path)
+        second = evaluation.evaluate(models.build("lenet5", seed=8), tiny, [QUICK], path=path)
+        assert second["weights_sha256"] != first["weights_sha256"]
+        assert second["natural"] != first["natural"]
+        assert len(second["attacks"]) == 1
+        assert json.loads(path.read_text()) == second
+
+    def test_other_data_or_company_are_computed_anew(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
+        path = tmp_path / "record.json"
+        evaluation.evaluate(model, tiny, [QUICK], path=path, about={"config": {"seed": 0}})
+        other = evaluation.evaluate(model, tiny, [OTHER], path=path, about={"config": {"seed": 1}})
+        assert [Attack(**entry["attack"]) for entry in other["attacks"]] == [OTHER]
+        renamed = evaluation.evaluate(model, replace(tiny, name="others"), [QUICK], path=path)
+        assert [Attack(**entry["attack"]) for entry in renamed["attacks"]] == [QUICK]
+
+    @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"x"', "\x00"])
+    def test_a_damaged_record_is_named(self, model: nn.Module, tiny: Dataset, tmp_path: Path, content: str) -> None:
+        path = tmp_path / "record.json"
+        path.write_text(content)
+        with pytest.raises(KitError, match=r"record\.json") as caught:
+            evaluation.evaluate(model, tiny, [QUICK], path=path)
+        assert len(str(caught.value).splitlines()) == 1
+        assert path.read_text() == content
+
+    def test_missing_and_undecodable_records_are_named(self, tmp_path: Path) -> None:
+        (tmp_path / "record.json").write_bytes(b"\xff\xfe{}")
+        for name in ("nothing.json", "record.json"):
+            with pytest.raises(KitError, match=name):
+                evaluation.read_record(tmp_path / name)
+
+    def test_weights_that_are_not_finite_are_not_recorded_as_a_number(self, tiny: Dataset, tmp_path: Path) -> None:
+        network = models.build("lenet5", seed=0)
+        with torch.no_grad():
+            network.fc2.bias[0] = float("nan")
+        record = evaluation.evaluate(network, tiny, [QUICK], path=tmp_path / "record.json")
+        json.loads((tmp_path / "record.json").read_text(), parse_constant=never)
+        assert sum(record["natural"]) == pytest.approx(9)  # argmax of NaN is one class: nine are all wrong
 
 
-class TestRecords:
-    RECORD: dict[str, Any] = {
+class TestLookUps:
+    RECORD = {
         "natural": [0.1, 0.2],
         "attacks": [
-            {"attack": vars(Attack(eps_255=8, steps=50)), "robust": [0.9, 0.9]},
-            {"attack": vars(Attack(eps_255=8)), "robust": [0.3, 0.5]},
-            {"attack": vars(Attack(eps_255=16.0)), "robust": [0.6, 0.7]},
+            {"attack": asdict(Attack(eps_255=8, steps=50)), "robust": [0.9, 0.9]},
+            {"attack": asdict(Attack(eps_255=8)), "robust": [0.3, 0.5]},
+            {"attack": asdict(Attack(eps_255=16)), "robust": [0.6, 0.7]},
         ],
     }
 
-    def test_looks_up_the_standard_attack(self) -> None:
+    def test_robust_errors_are_the_standard_attacks(self) -> None:
         assert evaluation.robust_errors(self.RECORD, 8).tolist() == [0.3, 0.5]
-        assert evaluation.robust_errors(self.RECORD, 16).tolist() == [0.6, 0.7]
+        assert evaluation.robust_errors(self.RECORD, 16.0).tolist() == [0.6, 0.7]
         with pytest.raises(KitError, match="no PGD-20 at 4/255"):
             evaluation.robust_errors(self.RECORD, 4)
 
-    def test_largest_difference(self) -> None:
+    def test_largest_difference_by_hand(self) -> None:
         other = json.loads(json.dumps(self.RECORD))
         assert evaluation.largest_difference(self.RECORD, other) == 0
-        other["attacks"][2]["robust"][1] = 0.45
-        other["natural"][0] = 0.2
-        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.25)
-        other["natural"][1] = 0.6
-        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.4)
-        with pytest.raises(KitError, match="only one of the two records has PGD-20 at 16/255"):
-            evaluation.largest_difference(self.RECORD, {**other, "attacks": other["attacks"][:2]})
+        other["attacks"][2]["robust"] = [0.6, 0.75]
+        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.05)
+        other["natural"] = [0.1, 0.1]
+        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.1)
+        other["attacks"].reverse()
+        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.1)
 
-    @pytest.mark.parametrize("content", [None, b"", b"{", b"[1, 2]", b"\xff\xfe"])
-    def test_a_record_that_cannot_be_read(self, tmp_path: Path, content: bytes | None) -> None:
-        path = tmp_path / "record.json"
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(KitError, match="delete it") as caught:
-            evaluation.read_record(path)
-        assert str(path) in str(caught.value)
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_records_under_different_attacks_are_refused(self, swapped: bool) -> None:
+        other = {**self.RECORD, "attacks": self.RECORD["attacks"][1:]}
+        pair = (other, self.RECORD) if swapped else (self.RECORD, other)
+        with pytest.raises(KitError, match="only one of the two records has PGD-50 at 8/255"):
+            evaluation.largest_difference(*pair)
+
+
+class TestStream:
+    def test_depends_on_the_numbers_and_their_order_alone(self) -> None:
+        draws = [
+            torch.rand(3, generator=evaluation.stream(*keys)).tolist()
+            for keys in ((0, 1), (0, 1), (1, 0), (0, 1, 1), (0, 2))
+        ]
+        assert draws[0] == draws[1]
+        assert len({tuple(draw) for draw in draws}) == 4

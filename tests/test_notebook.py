@@ -1,4 +1,4 @@
-"""Notebook parameters as papermill and people get them wrong, and where folders are."""
+"""Notebook parameters: everything papermill lets through must be stopped here, in one sentence."""
 
 from __future__ import annotations
 
@@ -9,125 +9,165 @@ from typing import Any
 import pytest
 
 from frlkit import PROJECT, KitError, notebook
-from frlkit.notebook import ParameterError, flag, list_of, number, one_of, parameters, text
+from frlkit.notebook import ParameterError, flag, list_of, number, one_of, text
 
-CHECK = "checked = parameters(globals(), ...)"
+RULES = {
+    "DATASET": one_of("fashion_mnist", "digits"),
+    "EPOCHS": number(1, 100, whole=True),
+    "SAMPLES": number(0, 1),
+    "SEEDS": list_of(number(0, 9, whole=True)),
+    "RECIPES": list_of(one_of("natural", "trades")),
+    "DRIVE": flag(),
+    "RUNS": text(),
+}
+GOOD: dict[str, Any] = {
+    "DATASET": "digits",
+    "EPOCHS": 3,
+    "SAMPLES": 0.5,
+    "SEEDS": [0, 2],
+    "RECIPES": ["trades"],
+    "DRIVE": False,
+    "RUNS": "",
+}
+OWN = "# Parameters: change them here\n" + "\n".join(f"{name} = {value!r}" for name, value in GOOD.items())
+RUNNING = "p = notebook.parameters(globals(), ...)"
 
 
-def run(history: list[str] | None = None, values: dict[str, Any] | None = None, **rules: Any) -> Any:
-    """`parameters` in a notebook whose cells so far are `history` (the last is running) with these globals."""
-    return parameters({"In": ["", *(history or []), CHECK], **(values or {})}, **rules)
+def check(*injected: str, **changed: Any) -> Any:
+    """Check as in a notebook whose own cell, an injected one and then this one have run."""
+    return notebook.parameters({**GOOD, **changed, "In": ["", "import frlkit", OWN, *injected, RUNNING]}, **RULES)
 
 
-class TestParameters:
-    RULES = {
-        "DATASET": one_of("digits", "fashion_mnist"),
-        "EPOCHS": number(1, 100, whole=True),
-        "SEEDS": list_of(number(0, 9, whole=True)),
-        "DRIVE": flag(),
-        "RUNS": text(),
-    }
-    GOOD = {"DATASET": "digits", "EPOCHS": 3, "SEEDS": [0, 4], "DRIVE": False, "RUNS": ""}
+class TestGood:
+    def test_values_come_back(self) -> None:
+        assert vars(check()) == GOOD
 
-    def test_a_good_set(self) -> None:
-        cell = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in self.GOOD.items())
-        checked = run(["import frlkit", cell], {**self.GOOD, "other": 1}, **self.RULES)
-        assert vars(checked) == self.GOOD
+    def test_a_whole_number_where_any_will_do(self) -> None:
+        assert check(SAMPLES=1).SAMPLES == 1
 
-    def test_an_unknown_name_in_the_injected_cell(self) -> None:
-        with pytest.raises(ParameterError, match="unknown parameter 'EPOCS': this notebook has EPOCHS") as caught:
-            run(["# Parameters\nEPOCHS = 3", "# Parameters\nEPOCS = 5"], {"EPOCHS": 3, "EPOCS": 5}, EPOCHS=number(1, 9))
+    @pytest.mark.parametrize("limit", [1, 100])
+    def test_the_limits_are_allowed(self, limit: int) -> None:
+        checked = check(EPOCHS=limit)
+        assert vars(checked) == {**GOOD, "EPOCHS": limit}
+
+    def test_outside_ipython(self) -> None:
+        assert vars(notebook.parameters(GOOD, **RULES)) == GOOD
+
+    def test_known_names_injected_by_papermill(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert check("# Parameters\nEPOCHS = 7\n", EPOCHS=7).EPOCHS == 7
+        assert capsys.readouterr().out == ""
+
+
+class TestNames:
+    @pytest.mark.parametrize("cell", ["EPOCH = 3", "DATASET = 'digits'\nEPOCH = 3", "EPOCH: int = 3", "X = EPOCH = 3"])
+    def test_a_misspelt_name_is_refused(self, cell: str) -> None:
+        with pytest.raises(ParameterError, match="'EPOCH'") as caught:
+            check(f"# Parameters\n{cell}\n")
+        assert "EPOCHS" in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
 
-    def test_an_unknown_name_in_the_notebooks_own_cell(self) -> None:
-        with pytest.raises(ParameterError, match="'A', 'B'"):
-            run(["# Parameters\nEPOCHS = 3\nB: int = 2\nA = 1"], {"EPOCHS": 3}, EPOCHS=number(1, 9))
+    def test_a_misspelt_name_in_the_notebooks_own_cell(self) -> None:
+        namespace = {**GOOD, "In": ["", OWN + "\nLEARNING = 3", RUNNING]}
+        with pytest.raises(ParameterError, match="'LEARNING'"):
+            notebook.parameters(namespace, **RULES)
 
-    def test_other_cells_may_assign_what_they_like(self) -> None:
-        history = ["# Parameters\nOLD = 1", "model = 3", "# Parameters\nEPOCHS = 3"]
-        assert run(history, {"EPOCHS": 3}, EPOCHS=number(1, 9)).EPOCHS == 3
+    def test_another_notebooks_name_is_only_noted(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert vars(check("# Parameters\nGD_STEPS = 3\nBATCH_SIZE = 5\n")) == GOOD
+        assert capsys.readouterr().out == "not used by this notebook: BATCH_SIZE, GD_STEPS\n"
 
-    def test_another_notebooks_parameter_is_named_and_ignored(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "SAMPLES" in notebook.ALL_PARAMETERS
-        checked = run(["# Parameters\nEPOCHS = 3", "# Parameters\nSAMPLES = 5"], {"EPOCHS": 3}, EPOCHS=number(1, 9))
-        assert vars(checked) == {"EPOCHS": 3}
-        assert capsys.readouterr().out == "not used by this notebook: SAMPLES\n"
+    def test_only_the_cells_just_before_count(self) -> None:
+        history = ["", "# Parameters\nOLD = 1", "other = 2", OWN, RUNNING]
+        assert vars(notebook.parameters({**GOOD, "In": history}, **RULES)) == GOOD
 
-    def test_a_missing_name(self) -> None:
-        with pytest.raises(ParameterError, match="parameter EPOCHS is not set: run the cell that begins"):
-            run(EPOCHS=number(1, 9))
+    def test_values_that_are_read_are_not_parameters(self) -> None:
+        assert vars(check("# Parameters\nEPOCHS = len(ANYTHING)\n")) == GOOD
 
-    def test_outside_a_notebook_there_is_no_history(self) -> None:
-        assert parameters({"EPOCHS": 3}, EPOCHS=number(1, 9)).EPOCHS == 3
+    @pytest.mark.parametrize("name", GOOD)
+    def test_a_missing_name(self, name: str) -> None:
+        namespace = {key: value for key, value in GOOD.items() if key != name}
+        with pytest.raises(ParameterError, match=f"parameter {name} is not set: run the cell"):
+            notebook.parameters(namespace, **RULES)
 
+    def test_every_name_here_is_a_known_one(self) -> None:
+        assert set(RULES) <= notebook.ALL_PARAMETERS
+
+
+class TestValues:
     @pytest.mark.parametrize(
-        ("name", "value", "allowed"),
+        ("name", "value"),
         [
-            ("DRIVE", "true", "True or False"),
-            ("DRIVE", "True", "True or False"),
-            ("DRIVE", 1, "True or False"),
-            ("EPS", "8/255", "a number from 0 to 255, without quotes"),
-            ("EPS", True, "a number from 0 to 255"),
-            ("EPS", math.nan, "a number from 0 to 255"),
-            ("EPS", math.inf, "a number from 0 to 255"),
-            ("EPS", -0.5, "a number from 0 to 255"),
-            ("EPS", 255.5, "a number from 0 to 255"),
-            ("EPS", 10**400, "a number from 0 to 255"),  # YAML knows no limit, floats do
-            ("EPS", None, "a number from 0 to 255"),
-            ("EPS", [8], "a number from 0 to 255"),
-            ("EPOCHS", 3.0, "a whole number from 1 to 100"),
-            ("EPOCHS", True, "a whole number from 1 to 100"),
-            ("EPOCHS", 0, "a whole number from 1 to 100"),
-            ("EPOCHS", 101, "a whole number from 1 to 100"),
-            ("EPOCHS", "3", "a whole number from 1 to 100"),
-            ("DATASET", "mnist", "one of 'digits', 'fashion_mnist'"),
-            ("DATASET", ["digits"], "one of 'digits', 'fashion_mnist'"),
-            ("DATASET", None, "one of 'digits', 'fashion_mnist'"),
-            ("RUNS", 3, "text in quotes"),
-            ("RUNS", None, "text in quotes"),
-            ("SEEDS", [], "a non-empty list"),
-            ("SEEDS", 3, "a non-empty list"),
-            ("SEEDS", "0,1", "a non-empty list"),
-            ("SEEDS", (0, 1), "a non-empty list"),
-            ("SEEDS", [0, 0], "without repeats"),
-            ("SEEDS", [0, True], "a list whose items are each a whole number from 0 to 9"),
-            ("SEEDS", [0, 10], "a list whose items are each a whole number from 0 to 9"),
-            ("SEEDS", [[0]], "a list whose items are each a whole number from 0 to 9"),
+            *(("DRIVE", value) for value in ("true", "True", "", 1, 0, None)),
+            *(("EPOCHS", value) for value in ("3", 3.0, True, 0, 101, math.nan, None, [3])),
+            *(("SAMPLES", value) for value in ("8/255", "0.5", True, False, math.nan, math.inf, -0.1, 1.01, None)),
+            *(("DATASET", value) for value in ("mnist", "Digits", "", None, ["digits"], 1)),
+            *(("SEEDS", value) for value in ([], [0, 0], [0, "1"], [0, True], [-1], [0.0], "[0, 1]", 0, (0, 1), None)),
+            *(("RECIPES", value) for value in ("trades", ["trades", "trades"], ["fgsm"], [["trades"]])),
+            *(("RUNS", value) for value in (None, 3, Path("runs"))),
         ],
     )
-    def test_a_wrong_value_is_one_sentence(self, name: str, value: Any, allowed: str) -> None:
-        rules = {**self.RULES, "EPS": number(0, 255)}
+    def test_refused_in_one_sentence_with_name_and_value(self, name: str, value: Any) -> None:
         with pytest.raises(ParameterError) as caught:
-            run(values={name: value}, **{name: rules[name]})
+            check(**{name: value})
         message = str(caught.value)
         assert message.startswith(f"parameter {name} = {value!r} is not allowed: use ")
-        assert allowed in message
         assert len(message.splitlines()) == 1
 
-    @pytest.mark.parametrize("value", [0, 255, 8, 8.5, 0.0])
-    def test_numbers_up_to_the_limits_are_good(self, value: float) -> None:
-        assert value == run(values={"EPS": value}, EPS=number(0, 255)).EPS
-
-    def test_a_notebook_shows_one_line_and_no_traceback(self) -> None:
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("EPOCHS", 0, "a whole number from 1 to 100"),
+            ("SAMPLES", "8/255", "without quotes"),
+            ("DRIVE", "true", "True or False"),
+            ("DATASET", "mnist", "one of 'fashion_mnist', 'digits'"),
+            ("SEEDS", [0, 99], "a list whose items are each a whole number from 0 to 9"),
+            ("SEEDS", [], "a non-empty list without repeats"),
+        ],
+    )
+    def test_says_what_is_allowed(self, name: str, value: Any, said: str) -> None:
         with pytest.raises(ParameterError) as caught:
-            run(values={"DRIVE": "true"}, DRIVE=flag())
-        assert isinstance(caught.value, KitError)
-        (line,) = caught.value._render_traceback_()
-        assert line == f"ParameterError: {caught.value}"
-        assert "\n" not in line
+            check(**{name: value})
+        assert said in str(caught.value)
+
+    def test_a_number_too_large_for_a_float(self) -> None:
+        with pytest.raises(ParameterError, match="parameter EPOCHS"):
+            check(EPOCHS=10**400)
+
+
+class TestDisplay:
+    def test_ipython_shows_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from IPython.core.interactiveshell import InteractiveShell
+        from traitlets.config import Config
+
+        monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+        shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+        shown: list[list[str]] = []
+        shell._showtraceback = lambda kind, value, lines: shown.append(lines)  # type: ignore[method-assign]
+        shell.run_cell("from frlkit.notebook import ParameterError\nraise ParameterError('parameter X is bad')")
+        assert shown == [["ParameterError: parameter X is bad"]]
+
+    def test_the_kind_is_named(self) -> None:
+        assert KitError("no")._render_traceback_() == ["KitError: no"]
+        assert ParameterError("no")._render_traceback_() == ["ParameterError: no"]
 
 
 class TestFolder:
-    def test_empty_is_the_projects(self) -> None:
+    def test_relative_to_the_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert notebook.folder("runs", "checkpoints") == tmp_path.resolve() / "runs"
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert notebook.folder("~/runs", "checkpoints") == tmp_path.resolve() / "runs"
+
+    def test_empty_is_the_projects(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
         assert notebook.folder("", "checkpoints") == PROJECT / "checkpoints"
 
-    def test_relative_is_the_working_directorys(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        assert notebook.folder("some/runs", "checkpoints") == tmp_path.resolve() / "some" / "runs"
-        assert notebook.folder("~/runs", "checkpoints") == tmp_path.resolve() / "home" / "runs"
-        assert notebook.folder(str(tmp_path), "checkpoints", drive=True) == tmp_path.resolve()  # a name wins
-
     def test_drive_needs_colab(self) -> None:
-        with pytest.raises(KitError, match="DRIVE = True needs Google Colab"):
+        with pytest.raises(KitError, match="needs Google Colab"):
             notebook.folder("", "checkpoints", drive=True)
+
+
+def test_versions_are_one_line() -> None:
+    line = notebook.versions("torch", "numpy")
+    assert len(line.splitlines()) == 1
+    assert "torch 2" in line
+    assert "numpy " in line

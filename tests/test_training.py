@@ -107,6 +107,10 @@ class TestConfig:
             Config(**{"method": "natural", field: value})
         assert str(caught.value).startswith(f"{field} = {value!r} is ")
 
+    def test_a_number_too_large_for_a_float(self) -> None:
+        with pytest.raises(KitError, match="^lr = 1000"):
+            Config("natural", lr=10**400)
+
     def test_every_field_has_a_range(self) -> None:
         assert set(training.RANGES) == set(Config.__dataclass_fields__)
 
@@ -252,6 +256,19 @@ class TestEpoch:
             orders.append(list(seen))
         assert orders[0] == orders[1]
         assert len({tuple(order) for order in orders}) == 3
+
+    def test_the_attacks_starts_depend_on_seed_and_epoch(self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        draws: list[float] = []
+
+        def loss(model: nn.Module, x: Tensor, y: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+            draws.append(float(torch.rand((), generator=generator)))
+            return model(x).sum()
+
+        monkeypatch.setattr(training, "loss", loss)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+            list(training.train_epoch(*self.setting(), tiny.train, replace(RUNS["natural"], seed=seed), epoch))
+        assert draws[:4] == draws[12:]
+        assert len(set(draws[:12])) == 12
 
     def test_one_batch_is_one_step_down_the_gradient(self, tiny: Dataset) -> None:
         model, optimizer = self.setting()

@@ -1,0 +1,275 @@
+"""The commands `train` and `evaluate`: what they print and write, and one sentence for everything that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from frlkit import PROJECT, __version__, checkpoint, data, evaluation, models, training
+from frlkit.__main__ import main
+from frlkit.data import Dataset
+from frlkit.evaluation import Attack
+
+
+@pytest.fixture(autouse=True)
+def tiny_digits(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits are the tiny ones; the fashion images are nowhere."""
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda name, **rest: tiny if name == "digits" else load(name, **rest))
+    monkeypatch.setenv("FRLKIT_DATA", str(tmp_path / "no data"))
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [*map(str, words)])
+
+
+def sentence(result: Result) -> str:
+    """The one line with which a command failed."""
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit), result.exception  # nothing else got out
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    if lines[0].startswith("Usage:"):  # click's own two lines of help
+        lines = [line for line in lines[2:] if line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """LeNet-5's tensors in order, under names from somewhere else."""
+    tensors = models.build("lenet5", seed=4).state_dict().values()
+    torch.save({"state_dict": {f"features.{i}": value for i, value in enumerate(tensors)}}, tmp_path / "weights.pt")
+    return tmp_path / "weights.pt"
+
+
+class Malicious:
+    """Unpickled without care, this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+class TestEvaluate:
+    def test_weights_under_other_names(self, weights: Path, tiny: Dataset, tmp_path: Path) -> None:
+        out = tmp_path / "new" / "result.json"
+        words = ("--dataset", "digits", "--eps", "12.5", "--step-size", "3", "--steps", "4", "--loss", "margin")
+        result = call("evaluate", weights, *words, "--json", out)
+        assert result.exit_code == 0, result.output
+        assert result.stderr == ""
+        found = json.loads(out.read_text())
+        errors = evaluation.class_errors(models.build("lenet5", seed=4), tiny.test, Attack(12.5, 3, 4, 1, "margin"))
+        assert found["natural"] == errors.natural.tolist()
+        assert found["robust"] == errors.robust.tolist()
+        for natural, boundary, robust in zip(found["natural"], found["boundary"], found["robust"], strict=True):
+            assert natural + boundary == pytest.approx(robust)
+        asked = {"eps_255": 12.5, "step_255": 3, "steps": 4, "restarts": 1, "loss": "margin", "seed": 0}
+        assert found["attack"] == asked
+        assert found["class_names"] == list("0123456789")
+        assert "attacks" not in found
+
+    def test_the_printed_table(self, weights: Path, tiny: Dataset) -> None:
+        result = call("evaluate", weights, "--dataset", "digits", "--steps", "2")
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        assert "50 test images of digits" in lines[0]
+        assert "PGD-2 at 8/255, step 2/255" in lines[0]
+        assert lines[1].split() == ["natural", "boundary", "robust"]
+        assert [line.split()[0] for line in lines[2:]] == [*"0123456789", "average", "worst"]
+        errors = evaluation.class_errors(models.build("lenet5", seed=4), tiny.test, Attack(steps=2))
+        for line, natural, robust in zip(lines[2:], errors.natural, errors.robust, strict=False):
+            numbers = [float(word) for word in line.split()[1:]]
+            assert numbers == pytest.approx([100 * natural, 100 * (robust - natural), 100 * robust], abs=0.051)
+        average, worst = ([float(word) for word in line.split()[1:]] for line in lines[-2:])
+        assert average[2] == pytest.approx(100 * errors.robust.mean(), abs=0.051)
+        assert worst[2] == pytest.approx(100 * errors.robust.max(), abs=0.051)
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--model", "resnet18"], "model = 'resnet18' is unknown"),
+            (["--dataset", "mnist"], "dataset = 'mnist' is unknown"),
+            (["--loss", "dlr"], "loss = 'dlr' is unknown"),
+            (["--device", "tpu"], "device = 'tpu' is unknown"),
+            (["--eps", "-1"], "eps_255 = -1.0"),
+            (["--eps", "nan"], "eps_255 = nan"),
+            (["--eps", "8/255"], "'8/255' is not a valid float"),
+            (["--step-size", "999"], "step_255 = 999.0"),
+            (["--steps", "-3"], "steps = -3"),
+            (["--restarts", "0"], "restarts = 0"),
+            (["--seed", "-1"], "seed = -1"),
+            (["--colour", "red"], "--colour"),
+        ],
+    )
+    def test_bad_options(self, weights: Path, tmp_path: Path, words: list[str], said: str) -> None:
+        out = tmp_path / "out.json"
+        result = call("evaluate", weights, "--dataset", "digits", "--json", out, *words)
+        assert said in sentence(result)
+        assert not out.exists()
+
+    @pytest.mark.parametrize("content", ["missing", "folder", "text", "empty", "code", "shapes", "count", "nan"])
+    def test_bad_weights(self, tmp_path: Path, content: str) -> None:
+        path, out = tmp_path / "weights.pt", tmp_path / "out.json"
+        tensors = dict(models.build("lenet5", seed=0).state_dict())
+        if content == "folder":
+            path.mkdir()
+        elif content in ("text", "empty"):
+            path.write_text("hello" if content == "text" else "")
+        elif content != "missing":
+            if content == "code":
+                tensors["fc2.bias"] = Malicious(tmp_path / "ran")
+            elif content == "shapes":
+                tensors["conv1.weight"] = torch.zeros(6, 3, 5, 5)
+            elif content == "count":
+                del tensors["fc2.bias"]
+            else:
+                tensors["fc1.bias"][2] = float("nan")
+            torch.save(tensors, path)
+        said = sentence(call("evaluate", path, "--dataset", "digits", "--json", out))
+        assert str(path) in said
+        assert not out.exists()
+        assert not (tmp_path / "ran").exists()
+
+    def test_out_that_cannot_be_written(self, weights: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+        result = call(
+            "evaluate", weights, "--dataset", "digits", "--steps", "1", "--json", tmp_path / "file" / "x.json"
+        )
+        assert result.exit_code != 0
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert len(result.stderr.splitlines()) == 1
+        assert str(tmp_path / "file") in result.stderr
+
+    def test_data_that_are_nowhere(self, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torchvision
+
+        def download(self: Any) -> None:
+            raise RuntimeError("no route to host")
+
+        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", download)
+        said = sentence(call("evaluate", weights, "--json", tmp_path / "out.json"))
+        assert "FRLKIT_DATA" in said
+        assert not (tmp_path / "out.json").exists()
+
+
+class TestTrain:
+    def test_a_run_and_its_files(self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = ("train", "natural", "--dataset", "digits", "--epochs", "1", "--batch-size", "50", "--runs", tmp_path)
+        result = call(*words)
+        assert result.exit_code == 0, result.output
+        folder = tmp_path / "digits" / "natural" / "seed0"
+        assert sorted(os.listdir(folder)) == ["history.json", "record.json", "weights.pt"]
+        config = training.configure("natural", "digits", 0, epochs=1, batch_size=50)
+        record = json.loads((folder / "record.json").read_text())
+        assert training.Config(**record["config"]) == config
+        assert record["weights_sha256"] == checkpoint.digest(checkpoint.read(folder / "weights.pt")["model"])
+        assert "digits/natural/seed0 epoch 1/1: loss " in result.output
+
+        def train_epoch(*_: Any) -> Any:
+            raise AssertionError("trained again")
+
+        monkeypatch.setattr(training, "train_epoch", train_epoch)
+        again = call(*words)
+        assert again.exit_code == 0, again.output
+
+    def test_what_train_wrote_evaluate_reads(self, tiny: Dataset, tmp_path: Path) -> None:
+        call("train", "natural", "--dataset", "digits", "--epochs", "1", "--batch-size", "50", "--runs", tmp_path)
+        folder = tmp_path / "digits" / "natural" / "seed0"
+        result = call("evaluate", folder / "weights.pt", "--dataset", "digits", "--json", tmp_path / "out.json")
+        assert result.exit_code == 0, result.output
+        found, record = (json.loads(path.read_text()) for path in (tmp_path / "out.json", folder / "record.json"))
+        assert found["natural"] == record["natural"]
+        assert found["robust"] == record["attacks"][0]["robust"]
+        assert found["weights_sha256"] == record["weights_sha256"]
+
+    def test_several_seeds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[training.Config, Path]] = []
+        monkeypatch.setattr(training, "run", lambda config, tensors, folder: asked.append((config, folder)))
+        words = ("--dataset", "digits", "--seed", "3", "--seed", "5", "--runs", tmp_path)
+        assert call("train", "trades", *words).exit_code == 0
+        assert [(config.seed, folder.name) for config, folder in asked] == [(3, "seed3"), (5, "seed5")]
+        assert {config.method for config, _ in asked} == {"trades"}
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["fgsm"], "recipe = 'fgsm' is unknown: use one of natural, pgd_at_half, pgd_at, trades"),
+            (["natural", "--epochs", "0"], "epochs = 0"),
+            (["natural", "--epochs", "many"], "'many' is not a valid integer"),
+            (["natural", "--batch-size", "0"], "batch_size = 0"),
+            (["natural", "--seed", "-1"], "seed = -1"),
+            (["natural", "--seed", "0", "--seed", "-2"], "seed = -2"),
+            (["natural", "--dataset", "mnist"], "dataset = 'mnist' is unknown"),
+            (["natural", "--device", "tpu"], "device = 'tpu' is unknown"),
+            ([], "Missing argument 'RECIPE'"),
+        ],
+    )
+    def test_bad_words(self, tmp_path: Path, words: list[str], said: str) -> None:
+        runs = tmp_path / "runs"
+        assert said in sentence(call("train", "--dataset", "digits", "--runs", runs, *words))
+        assert not runs.exists()
+
+    def test_another_configuration_in_the_same_folder(self, tmp_path: Path) -> None:
+        words = ("train", "natural", "--dataset", "digits", "--batch-size", "50", "--runs", tmp_path)
+        assert call(*words, "--epochs", "1").exit_code == 0
+        assert "epochs is 1 there and 2 here" in sentence(call(*words, "--epochs", "2"))
+
+    def test_an_interruption_says_how_to_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "run", run)
+        said = sentence(call("train", "natural", "--dataset", "digits", "--runs", tmp_path))
+        assert "the same command goes on from here" in said
+
+    def test_runs_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+        words = ("--dataset", "digits", "--epochs", "1", "--batch-size", "50", "--runs", tmp_path / "file")
+        result = call("train", "natural", *words)
+        assert result.exit_code != 0
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert len([line for line in result.stderr.splitlines() if "Error" in line]) == 1
+        assert "Traceback" not in result.stderr
+
+
+class TestAsAProcess:
+    def run(self, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        command = [sys.executable, "-m", "frlkit", *words]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+    def test_an_error_is_one_line_on_stderr(self, tmp_path: Path) -> None:
+        done = self.run("train", "fgsm", "--dataset", "digits", "--runs", "runs", cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr.startswith("Error: recipe = 'fgsm'")
+        assert len(done.stderr.splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_from_any_folder(self, tmp_path: Path) -> None:
+        torch.save(models.build("lenet5", seed=0).state_dict(), tmp_path / "w.pt")
+        words = ("evaluate", "w.pt", "--dataset", "digits", "--steps", "1", "--json", "out.json")
+        done = self.run(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert json.loads((tmp_path / "out.json").read_text())["images"] == 360
+
+
+def test_version_and_help() -> None:
+    assert __version__ in call("--version").stdout
+    for words in ([], ["train"], ["evaluate"]):
+        result = call(*words, "--help")
+        assert result.exit_code == 0
+        assert "Usage:" in result.stdout
