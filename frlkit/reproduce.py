@@ -93,7 +93,7 @@ def plan(dataset: str, output: Path, retrain: bool) -> Iterator[Job]:
 def _fingerprint(job: Job) -> str:
     """A hash of all that a notebook's outputs depend on: source, parameters, the kit, the runs, the data's presence."""
     total = hashlib.sha256(json.dumps([job.parameters, job.live, os.environ["FRLKIT_DATA"]]).encode())
-    runs = Path(job.parameters.get("RUNS") or PROJECT / "checkpoints")
+    runs = PROJECT / (job.parameters.get("RUNS") or "checkpoints")
     kit = [*Path(__file__).parent.rglob("*.py"), *Path(__file__).parent.rglob("*.cpp")]
     for file in (job.source, *sorted(kit), *sorted(runs.rglob("*.json")), *sorted(runs.rglob("weights.pt"))):
         total.update(str(file).encode() + file.read_bytes())
@@ -152,7 +152,7 @@ td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-top
 
 def _figures(job: Job) -> list[Path]:
     """A job's pictures: those in its figures folder whose names begin with the notebook's subject."""
-    folder = Path(job.parameters.get("FIGURES") or PROJECT / "figures")
+    folder = PROJECT / (job.parameters.get("FIGURES") or "figures")
     return sorted(folder.glob(f"{job.name[:2]}_*.png"))
 
 
