@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import html
+import io
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -100,6 +102,16 @@ def _fingerprint(job: Job) -> str:
     return total.hexdigest()
 
 
+class _Progress(io.TextIOBase):
+    """What the terminal sees of a notebook's output: the lines of runs in training."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if re.search(r" epoch \d+/\d+: ", line):
+                _say(line)
+        return len(text)
+
+
 def _execute(job: Job, notebook: Path, page: Path) -> None:
     """Run a notebook, going on from its runs' checkpoints, and write its HTML copy."""
     import papermill
@@ -115,7 +127,7 @@ def _execute(job: Job, notebook: Path, page: Path) -> None:
             kernel_name="python3",
             cwd=str(PROJECT),
             progress_bar=sys.stderr.isatty(),
-            stdout_file=sys.stdout,
+            stdout_file=_Progress(),
         )
     except papermill.PapermillExecutionError as error:
         raise KitError(f"{job.name} failed with {error.ename}: {error.evalue} (see {notebook})") from None
