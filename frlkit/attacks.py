@@ -179,7 +179,7 @@ def _check(
 def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
     classes = _logits(model, x[:1]).shape[1]
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise KitError(f"y has labels from {y.min()} to {y.max()}: this network knows {classes} classes, 0 to {classes - 1}")
+        raise KitError(f"y has labels {y.min()} to {y.max()}: this network knows {classes} classes, 0 to {classes - 1}")
 
 
 def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
