@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from frlkit import KitError, kernels, models
 
@@ -246,17 +247,25 @@ def test_it_works_after_fork_beside_torchs_own_threads():
     [
         {"images": torch.rand(9, 3, 32, 32)},
         {"images": torch.rand(8, 1, 32, 32)},
+        {"images": torch.tensor(0.5)},
+        {"images": torch.rand(9, 1, 32, 32).double()},
+        {"start": torch.rand(9, 1, 32, 32).half()},
         {"start": torch.rand(9, 1, 28, 28)},
         {"eps": torch.tensor(0.1)},
+        {"eps": torch.zeros(9, dtype=torch.int64)},
         {"step_size": torch.rand(3)},
         {"targets": torch.zeros(8, dtype=torch.int64)},
         {"targets": torch.full((9,), 10)},
         {"targets": torch.full((9,), -1)},
         {"targets": torch.rand(9)},
         {"targets": torch.rand(9, 9), "loss": "kl"},
+        {"targets": torch.rand(9, 10).double(), "loss": "kl"},
+        {"steps": -1},
+        {"steps": 1.5},
+        {"steps": 2**40},
         {"loss": "mse"},
     ],
-    ids=lambda change: "-".join(f"{name}{tuple(getattr(value, 'shape', ()))}" for name, value in change.items()),
+    ids=lambda change: "-".join(map(str, change)),
 )
 def test_pgd_refuses_what_does_not_fit(model, change):
     with pytest.raises(KitError):
@@ -265,9 +274,35 @@ def test_pgd_refuses_what_does_not_fit(model, change):
 
 @needs_native
 def test_features_refuse_what_does_not_fit(model):
-    for images in (torch.rand(3, 1, 28, 28), torch.rand(3, 1, 32, 32, requires_grad=True)):
+    right = torch.rand(3, 1, 32, 32)
+    for images in (right[0], right[..., :28], right.double(), right.clone().requires_grad_()):
         with pytest.raises(KitError):
             kernels.features(model, images)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "other", [models.LeNet5(4), models.LeNet5().double(), nn.Linear(2, 2)], ids=["4", "double", "-"]
+)
+def test_a_model_it_does_not_serve_is_refused_not_read_past_its_end(other):
+    with pytest.raises(KitError, match="does not serve"):
+        kernels.pgd(other, **batch(9))
+    with pytest.raises(KitError, match="does not serve"):
+        kernels.features(other, batch(9)["images"])
+
+
+@needs_native
+def test_backward_reads_the_weights_that_forward_read(model):
+    """`functional_call` lends the model other weights for one forward pass."""
+    images, other = batch(9)["images"], dict(models.build("lenet5", seed=5).named_parameters())
+    lent = torch.func.functional_call(model, other, (images,)).square().sum()
+    own = models.build("lenet5", seed=5)(images).square().sum()
+    assert torch.equal(lent, own)
+    lent.backward()
+    expected = models.build("lenet5", seed=5)
+    expected(images).square().sum().backward()
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(other[name].grad, parameter.grad)
 
 
 @needs_native
@@ -299,6 +334,19 @@ def test_other_models_keep_to_pytorch(model):
     assert not kernels.available(model)
 
 
+@needs_native
+def test_changed_layers_keep_to_pytorch():
+    """Their effective weights are not in `layer.weight`, or their arithmetic is another."""
+    normed, pruned, replaced, biasless = models.LeNet5(), models.LeNet5(), models.LeNet5(), models.LeNet5()
+    nn.utils.parametrizations.weight_norm(normed.conv1)
+    prune.l1_unstructured(pruned.conv2, "weight", 0.5)
+    replaced.conv1 = nn.Sequential(replaced.conv1)
+    biasless.conv1.bias = None
+    for other in (normed, pruned, replaced, biasless):
+        assert not kernels.available(other)
+        assert other(torch.rand(2, 1, 32, 32)).shape == (2, 10)
+
+
 def test_the_switch(model, monkeypatch):
     monkeypatch.setenv("FRLKIT_KERNEL", "off")
     assert not kernels.available(model)
@@ -325,7 +373,7 @@ def test_without_a_compiler_one_warning_and_pytorch(fresh, model, monkeypatch):
     declines_once(model, "portable")
 
 
-@pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
+@pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler", 'c++ "-O2'])
 def test_with_a_broken_compiler_one_warning_and_pytorch(fresh, model, monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)
     declines_once(model, "portable")
@@ -336,7 +384,7 @@ def test_source_that_does_not_compile_is_said(fresh, model, monkeypatch, tmp_pat
     source = tmp_path / "lenet5.cpp"
     source.write_text("this is no C++")
     monkeypatch.setattr(kernels, "SOURCE", source)
-    declines_once(model, "failed.*portable")
+    declines_once(model, "failed: .*error.*portable")
     assert not list(fresh.iterdir())
 
 

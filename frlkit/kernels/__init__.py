@@ -1,9 +1,9 @@
 """The native path for LeNet-5 on CPU: found, built and checked on first use, and never needed.
 
-``lenet5.cpp`` holds the arithmetic; this module builds it with the machine's C++ compiler (under five seconds, kept in
-the user's cache), compares it with autograd, and offers it to `frlkit.attacks` and `frlkit.models`. Where it cannot be
+``lenet5.cpp`` holds the arithmetic; this module builds it with the machine's C++ compiler (a few seconds, kept in the
+user's cache), compares it with autograd, and offers it to `frlkit.attacks` and `frlkit.models`. Where it cannot be
 built or loaded, or computes anything else than autograd, one warning says so and plain PyTorch runs.
-``FRLKIT_KERNEL=off`` switches it off.
+``FRLKIT_KERNEL=off`` switches it off. It works with as many threads as `torch.get_num_threads` says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,26 @@ if TYPE_CHECKING:
     from frlkit.models import LeNet5
 
 SOURCE = Path(__file__).with_name("lenet5.cpp")
-LAYERS = ("conv1", "conv2", "conv3", "fc1", "fc2")
-SHAPES = ((6, 1, 5, 5), (16, 6, 5, 5), (120, 16, 5, 5), (84, 120), (10, 84))  # of the weights
+LAYERS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {  # each with the shape of its weight
+    "conv1": (nn.Conv2d, (6, 1, 5, 5)),
+    "conv2": (nn.Conv2d, (16, 6, 5, 5)),
+    "conv3": (nn.Conv2d, (120, 16, 5, 5)),
+    "fc1": (nn.Linear, (84, 120)),
+    "fc2": (nn.Linear, (10, 84)),
+}
 LOSSES = ("ce", "kl", "margin")
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-pthread")
 TARGETS = {  # what torch calls this processor -> images side by side, compiler's name for the instructions
     "AVX2": ("-DFRLKIT_LANES=8", "-march=x86-64-v3"),
     "AVX512": ("-DFRLKIT_LANES=16", "-march=x86-64-v4"),
+}
+
+_INT, _POINTER = ctypes.c_int, ctypes.c_void_p
+_HEAD = (ctypes.c_int64, _INT, _POINTER)  # images, threads, network
+SIGNATURES = {
+    "frlkit_pgd": (*_HEAD, *[_POINTER] * 5, _INT, _INT, _POINTER),
+    "frlkit_features": (*_HEAD, *[_POINTER] * 2),
+    "frlkit_features_backward": (*_HEAD, *[_POINTER] * 4),
 }
 
 _library: ctypes.CDLL | None = None
@@ -47,7 +61,9 @@ _asked = False  # whether the one attempt of this process has been made
 def available(model: nn.Module) -> bool:
     """Whether the native path serves this model: a ten-class LeNet-5 of float32 on CPU, a kernel that passed its check.
 
-    Raises `KitError` where ``FRLKIT_KERNEL`` is neither auto nor off.
+    The first call of a process builds and checks the kernel; later ones take some 20 microseconds. Where layers were
+    replaced, pruned or reparametrised the answer is no. Raises `KitError` where ``FRLKIT_KERNEL`` is neither auto nor
+    off.
     """
     setting = os.environ.get("FRLKIT_KERNEL", "auto")
     if setting not in ("auto", "off"):
@@ -67,51 +83,81 @@ def pgd(
 ) -> Tensor:
     """All steps of projected gradient descent for a batch: what `frlkit.attacks.pgd` does after its start.
 
+    Each step is ``x <- clip(x + step_size * sign(d loss / d x))`` onto [images - eps, images + eps] and [0, 1], with
+    sign(0) = 0.
+
     Parameters
     ----------
-    images, start : (N, 1, 32, 32) floats in [0, 1]; the start lies in the ball
-    targets : labels (N,), or for ``loss="kl"`` probabilities (N, 10)
-    eps, step_size : (N,), in [0, 1]
-    loss : "ce", "kl" or "margin", see `frlkit.attacks.pgd`
+    model : one that `available` accepts
+    images, start : (N, 1, 32, 32), float32 in [0, 1]; the start lies in the ball
+    targets : (N,), int64 labels; for ``loss="kl"`` float32 probabilities, (N, 10)
+    eps, step_size : (N,), float32 in [0, 1]
+    steps : number of steps, 0 or more
+    loss : "ce" cross-entropy; "kl" KL(targets || softmax of the logits); "margin" largest other logit less the label's
 
-    Raises `KitError` where a shape, a label or the loss does not fit: the native code trusts its input.
+    Returns
+    -------
+    Tensor
+        (N, 1, 32, 32), float32, inside the ball and [0, 1].
+
+    Raises
+    ------
+    KitError
+        The model, a shape, a type, a label, the steps or the loss does not fit: the native code trusts its input.
     """
-    count = len(images)
+    library = _library_for(model)
+    count = images.shape[:1].numel()
     if loss not in LOSSES:
         raise KitError(f"loss = {loss!r} is unknown: use one of {', '.join(LOSSES)}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 2**31:
+        raise KitError(f"steps = {steps!r}: use a whole number, 0 or more")
     if loss != "kl":  # cross-entropy is KL(one-hot || p) up to a constant; the margin reads the label off it
-        if targets.dtype != torch.int64 or bool(((targets < 0) | (targets > 9)).any()):
-            raise KitError(f"targets of type {targets.dtype}: loss {loss!r} takes int64 labels from 0 to 9")
-        targets = F.one_hot(targets, 10)
-    images, start = _plain(images, (count, 1, 32, 32)), _plain(start, (count, 1, 32, 32))
-    targets = _plain(targets, (count, 10))
-    eps, step_size = _plain(eps, (count,)), _plain(step_size, (count,))
+        targets = _one_hot(targets, count)
+    images, start = _plain("images", images, (count, 1, 32, 32)), _plain("start", start, (count, 1, 32, 32))
+    targets = _plain("targets", targets, (count, 10))
+    eps, step_size = _plain("eps", eps, (count,)), _plain("step_size", step_size, (count,))
     result = torch.empty_like(images)
-    pointers = [_pointer(tensor) for tensor in (images, start, targets, eps, step_size)]
-    network = _network(model)
-    _need().frlkit_pgd(*_head(count, network), *pointers, steps, int(loss == "margin"), _pointer(result))
+    inputs = [tensor.data_ptr() for tensor in (images, start, targets, eps, step_size)]
+    network = _network([p for name in LAYERS for p in (getattr(model, name).weight, getattr(model, name).bias)])
+    library.frlkit_pgd(count, torch.get_num_threads(), network, *inputs, steps, loss == "margin", result.data_ptr())
     return result
 
 
 def features(model: LeNet5, images: Tensor) -> Tensor:
-    """Both convolutional stages, (N, 1, 32, 32) -> (N, 400), differentiable in their weights and biases only.
+    """Both convolutional stages, ``pool(tanh(conv2(pool(tanh(conv1(images))))))``, each image's result flattened.
 
-    Raises `KitError` where the shape does not fit, or where `images` ask for a gradient, which this path does not give.
+    Differentiable, once, in the weights and biases of conv1 and conv2 only. The layers' hooks are not called.
+
+    Parameters
+    ----------
+    model : one that `available` accepts
+    images : (N, 1, 32, 32), float32
+
+    Returns
+    -------
+    Tensor
+        (N, 400), float32, in [-1, 1]; the order is that of ``flatten(1)`` on (N, 16, 5, 5).
+
+    Raises
+    ------
+    KitError
+        The model, shape or type does not fit, or `images` asks for a gradient, which this path does not give.
     """
+    library = _library_for(model)
     if images.requires_grad:
         raise KitError("images require a gradient: the native features are differentiable in the weights only")
-    parameters = (model.conv1.weight, model.conv1.bias, model.conv2.weight, model.conv2.bias)
-    return _Features.apply(model, _plain(images, (len(images), 1, 32, 32)), *parameters)
+    images = _plain("images", images, (images.shape[:1].numel(), 1, 32, 32))
+    return _Features.apply(library, images, *model.conv1.parameters(), *model.conv2.parameters())
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, model: LeNet5, images: Tensor, *parameters: Tensor) -> Tensor:
-        context.model = model
+    def forward(context: Any, library: ctypes.CDLL, images: Tensor, *parameters: Tensor) -> Tensor:
+        context.library = library
         context.save_for_backward(images, *parameters)
         result = images.new_empty(len(images), 400)
-        network = _network(model)
-        _need().frlkit_features(*_head(len(images), network), _pointer(images), _pointer(result))
+        head = (len(images), torch.get_num_threads(), _network(parameters))
+        library.frlkit_features(*head, images.data_ptr(), result.data_ptr())
         return result
 
     @staticmethod
@@ -119,50 +165,55 @@ class _Features(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, *parameters = context.saved_tensors  # as they were in forward: torch refuses if they changed since
         sizes = [parameter.numel() for parameter in parameters]
-        library = _need()
-        groups = -(-len(images) // library.frlkit_lanes())
+        groups = -(-len(images) // context.library.frlkit_lanes())
         scratch, total = images.new_empty(groups, sum(sizes)), images.new_empty(sum(sizes))
-        gradient, network = _plain(gradient, (len(images), 400)), _network(context.model)
-        pointers = [_pointer(tensor) for tensor in (images, gradient, scratch, total)]
-        library.frlkit_features_backward(*_head(len(images), network), *pointers)
+        gradient = _plain("gradient", gradient, (len(images), 400))
+        head = (len(images), torch.get_num_threads(), _network(parameters))
+        buffers = [tensor.data_ptr() for tensor in (images, gradient, scratch, total)]
+        context.library.frlkit_features_backward(*head, *buffers)
         parts = zip(total.split(sizes), parameters, strict=True)
         return None, None, *(part.view_as(parameter) for part, parameter in parts)
 
 
 def _fits(model: nn.Module) -> bool:
-    for name, shape in zip(LAYERS, SHAPES, strict=True):
-        layer = getattr(model, name)
+    """Whether the model's layers are what the native code takes them for."""
+    for name, (kind, shape) in LAYERS.items():
+        layer = getattr(model, name, None)
+        if type(layer) is not kind:
+            return False
         for tensor, wanted in ((layer.weight, shape), (layer.bias, shape[:1])):
-            plain = tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
-            if not plain or tensor.shape != wanted:
+            if not isinstance(tensor, nn.Parameter) or tensor.shape != wanted:  # pruning leaves a plain tensor
+                return False
+            if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
                 return False
     return True
 
 
-def _plain(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.shape != shape or tensor.device.type != "cpu":
-        raise KitError(f"a tensor of shape {tuple(tensor.shape)} on {tensor.device}: the kernel needs {shape} on cpu")
-    return tensor.detach().to(torch.float32).contiguous()
+def _plain(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        found = f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        raise KitError(f"{name} of {found}: the native kernel takes shape {shape}, torch.float32 on cpu")
+    return tensor.detach().contiguous()
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _one_hot(labels: Tensor, count: int) -> Tensor:
+    if labels.shape != (count,) or labels.dtype != torch.int64:
+        raise KitError(f"targets of shape {tuple(labels.shape)}, {labels.dtype}: give {count} int64 labels")
+    unknown = labels[(labels < 0) | (labels > 9)]
+    if len(unknown):
+        raise KitError(f"targets holds the label {int(unknown[0])}: this network's labels are 0 to 9")
+    return F.one_hot(labels, 10).float()
 
 
-def _network(model: nn.Module) -> Any:
-    """The C++ ``Network``: ten pointers, in the order of the parameters; they stay valid while the model lives."""
-    layers = [getattr(model, name) for name in LAYERS]
-    return (ctypes.c_void_p * 10)(*(p.data_ptr() for layer in layers for p in (layer.weight, layer.bias)))
+def _network(parameters: Sequence[Tensor]) -> Any:
+    """The C++ ``Network`` of contiguous parameters in their order; null for the layers after the last one given."""
+    return (ctypes.c_void_p * (2 * len(LAYERS)))(*(parameter.data_ptr() for parameter in parameters))
 
 
-def _head(count: int, network: Any) -> tuple[ctypes.c_int64, int, Any]:
-    return ctypes.c_int64(count), torch.get_num_threads(), ctypes.byref(network)
-
-
-def _need() -> ctypes.CDLL:
-    library = _load()
+def _library_for(model: nn.Module) -> ctypes.CDLL:
+    library = _load() if _fits(model) else None
     if library is None:
-        raise KitError("the native kernel is not available here: ask kernels.available(model) first")
+        raise KitError("the native kernel does not serve this model here: ask kernels.available(model) first")
     return library
 
 
@@ -177,7 +228,7 @@ def _load() -> ctypes.CDLL | None:
                 fault = _self_check()
             if fault:
                 raise RuntimeError(fault)
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
             _library = None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"no native LeNet-5 kernel ({reason}): the portable PyTorch path runs", stacklevel=3)
@@ -213,7 +264,9 @@ def _compile(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
         draft = Path(scratch) / name
         done = subprocess.run([*command, "-o", str(draft)], capture_output=True, timeout=300)
         if done.returncode != 0 or not draft.exists():
-            raise RuntimeError(f"{command[0]} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
+            said = done.stderr.decode(errors="replace").splitlines()
+            reason = next((line for line in said if "error" in line), f"exit status {done.returncode}")
+            raise RuntimeError(f"{command[0]} failed: {reason}")
         content = draft.read_bytes()
         draft.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(draft, folder / name)
@@ -231,8 +284,9 @@ def _is_whole(path: Path) -> bool:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for name in ("frlkit_pgd", "frlkit_features", "frlkit_features_backward"):
-        getattr(library, name).restype = None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
     return library
 
 
@@ -273,8 +327,8 @@ class _Reference(nn.Module):
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        for name, shape in zip(LAYERS, SHAPES, strict=True):
-            layer = nn.Conv2d(1, 1, 1) if len(shape) == 4 else nn.Linear(1, 1)
+        for name, (kind, shape) in LAYERS.items():
+            layer = kind(1, 1, 1) if kind is nn.Conv2d else kind(1, 1)
             fan_in = torch.tensor(shape[1:]).prod()
             layer.weight = nn.Parameter(torch.randn(shape, generator=generator) / fan_in.sqrt())
             layer.bias = nn.Parameter(torch.randn(shape[0], generator=generator) / 10)
