@@ -1,4 +1,4 @@
-# reproduce: the study, end to end · test: the whole suite · retrain: the study from nothing (DATASET=digits: small)
+# reproduce: the study, end to end · retrain: from nothing (DATASET=digits: small) · test: the whole suite · bench: speed
 PYTHON  ?= python3
 DATASET ?= fashion_mnist
 RUN     := .venv/bin/python
@@ -9,12 +9,15 @@ ifdef FRLKIT_DATA
 export FRLKIT_DATA := $(abspath $(FRLKIT_DATA))
 endif
 
-.PHONY: reproduce retrain test
+.PHONY: reproduce retrain bench test
 reproduce: .venv/ready
 	$(RUN) -m frlkit reproduce --dataset $(DATASET)
 
 retrain: .venv/ready
 	$(RUN) -m frlkit reproduce --dataset $(DATASET) --retrain
+
+bench: .venv/ready-test
+	$(RUN) benchmarks/epoch.py
 
 test: .venv/ready-test
 	$(RUN) -m ruff check .
