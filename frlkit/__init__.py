@@ -4,7 +4,12 @@ Data flows one way: ``data`` -> ``models`` -> ``attacks`` -> ``training`` -> ``e
 ``figures``; ``theory`` stands alone. The numbered notebooks are prose, parameters and calls to these modules.
 """
 
+import os
 from pathlib import Path
+
+# torch's threads wait for each other by spinning, for milliseconds; where a neighbour is busy that can cost a factor of
+# ten. A short spin costs little on an idle machine. It is read when torch loads, and the user's own setting wins.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 

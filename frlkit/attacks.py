@@ -102,9 +102,9 @@ def _ascend(
     loss: str,
     ball: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The steps from a given start, through the native kernel where it serves this model."""
-    if kernels.available(model):
-        return kernels.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
+    """The steps from a given start, through a fast path where one serves this model."""
+    if path := kernels.fast(model):
+        return path.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
     for _ in range(steps):
         adversarial = adversarial.requires_grad_()
         with torch.enable_grad():

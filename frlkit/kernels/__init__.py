@@ -15,10 +15,12 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from frlkit import KitError
+from frlkit.kernels import tiles
 
 if TYPE_CHECKING:
     from frlkit.models import LeNet5
@@ -71,6 +74,18 @@ def available(model: nn.Module) -> bool:
     from frlkit.models import LeNet5  # here, because `models` imports this module
 
     return setting == "auto" and type(model) is LeNet5 and _fits(model) and _load() is not None
+
+
+def fast(model: nn.Module) -> ModuleType | None:
+    """What serves this model: this module, `tiles` for any intact LeNet-5 on CPU, or None, plain autograd.
+
+    Both modules have `pgd` and `features`.
+    """
+    if available(model):
+        return sys.modules[__name__]
+    from frlkit.models import LeNet5
+
+    return tiles if type(model) is LeNet5 and _intact(model) else None
 
 
 def describe(model: nn.Module) -> str:
@@ -175,16 +190,26 @@ class _Features(torch.autograd.Function):
         return None, None, *(part.view_as(parameter) for part, parameter in parts)
 
 
-def _fits(model: nn.Module) -> bool:
-    """Whether the model's layers are what the native code takes them for."""
-    for name, (kind, shape) in LAYERS.items():
+def _intact(model: nn.Module) -> bool:
+    """Whether the model's layers, on CPU, are those of its class: none replaced, pruned or reparametrised."""
+    for name, (kind, _) in LAYERS.items():
         layer = getattr(model, name, None)
         if type(layer) is not kind:
             return False
-        for tensor, wanted in ((layer.weight, shape), (layer.bias, shape[:1])):
-            if not isinstance(tensor, nn.Parameter) or tensor.shape != wanted:  # pruning leaves a plain tensor
+        for tensor in (layer.weight, layer.bias):
+            if not isinstance(tensor, nn.Parameter) or tensor.device.type != "cpu":  # pruning leaves a plain tensor
                 return False
-            if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    return True
+
+
+def _fits(model: nn.Module) -> bool:
+    """Whether the model's layers are what the native code takes them for."""
+    if not _intact(model):
+        return False
+    for name, (_, shape) in LAYERS.items():
+        layer = getattr(model, name)
+        for tensor, wanted in ((layer.weight, shape), (layer.bias, shape[:1])):
+            if tensor.shape != wanted or tensor.dtype is not torch.float32 or not tensor.is_contiguous():
                 return False
     return True
 

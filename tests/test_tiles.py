@@ -1,0 +1,113 @@
+"""The portable path against plain convolutions in double precision, and the algebra it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from frlkit import kernels, models
+from frlkit.kernels import tiles
+from frlkit.models import LeNet5
+
+
+def lenet(classes: int = 10, dtype: torch.dtype = torch.float64) -> LeNet5:
+    return models.build("lenet5", classes, seed=1).to(dtype)
+
+
+def stages(model: LeNet5, x: Tensor) -> Tensor:
+    x = F.avg_pool2d(F.conv2d(x, model.conv1.weight, model.conv1.bias).tanh(), 2)
+    return F.avg_pool2d(F.conv2d(x, model.conv2.weight, model.conv2.bias).tanh(), 2).flatten(1)
+
+
+def logits(model: LeNet5, x: Tensor) -> Tensor:
+    x = F.conv2d(stages(model, x).view(-1, 16, 5, 5), model.conv3.weight, model.conv3.bias).tanh().flatten(1)
+    return F.linear(F.linear(x, model.fc1.weight, model.fc1.bias).tanh(), model.fc2.weight, model.fc2.bias)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 32), (6, 14)])
+def test_untile_is_the_adjoint_of_tiles(channels: int, side: int) -> None:
+    x = noise(channels, side, side, 3)
+    columns = tiles.tiles(x)
+    y = noise(*columns.shape)
+    assert (columns * y).sum().item() == pytest.approx((x * tiles.untile(y, channels, side)).sum().item())
+
+
+def test_gather_is_the_adjoint_of_spread() -> None:
+    weight = noise(16, 6, 5, 5)
+    wide = tiles.spread(weight)
+    other = noise(*wide.shape)
+    assert (wide * other).sum().item() == pytest.approx((weight * tiles.gather(other, weight.shape)).sum().item())
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_features_and_their_gradients(count: int) -> None:
+    model, images, pull = lenet(), noise(count, 1, 32, 32), noise(count, 400)
+    parameters = [*model.conv1.parameters(), *model.conv2.parameters()]
+    ours, theirs = tiles.features(model, images), stages(model, images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for mine, reference in zip(
+        torch.autograd.grad((ours * pull).sum(), parameters),
+        torch.autograd.grad((theirs * pull).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "classes"), [(1, 10), (9, 10), (5, 3), (5, 43)])
+def test_gradient_of_the_images(count: int, classes: int) -> None:
+    model, images, pull = lenet(classes), noise(count, 1, 32, 32), noise(count, classes)
+    images.requires_grad_()
+    (expected,) = torch.autograd.grad((logits(model, images) * pull).sum(), images)
+    network = tiles.Network(model)
+    with torch.no_grad():
+        found, kept = network.forward(images.flatten(1).T.contiguous())
+        torch.testing.assert_close(found.T, logits(model, images), rtol=1e-11, atol=1e-12)
+        gradient = network.backward(pull.T, kept).T.reshape(images.shape)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pgd_equals_a_loop_written_out(loss: str, dtype: torch.dtype) -> None:
+    model, count, steps = lenet(dtype=dtype), 30, 5
+    clean, labels = noise(count, 1, 32, 32).to(dtype), torch.arange(count) % 10
+    eps = torch.linspace(0, 0.1, count, dtype=dtype)
+    step_size, ball = eps / 3, eps.view(-1, 1, 1, 1)
+    start = (clean + ball * (2 * noise(count, 1, 32, 32).to(dtype) - 1)).clamp(0, 1)
+    targets = logits(model, clean).softmax(1).detach() if loss == "kl" else labels
+    x = start
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        z = logits(model, x)
+        if loss == "ce":
+            total = F.cross_entropy(z, labels, reduction="sum")
+        elif loss == "kl":
+            total = F.kl_div(z.log_softmax(1), targets, reduction="sum")
+        else:
+            own = z.gather(1, labels[:, None])[:, 0]
+            total = (z.scatter(1, labels[:, None], -torch.inf).amax(1) - own).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+        x = x + step_size.view(-1, 1, 1, 1) * gradient.sign()
+        x = torch.minimum(torch.maximum(x, clean - ball), clean + ball).clamp(0, 1)
+    found = tiles.pgd(model, clean, start, targets, eps, step_size, steps, loss)
+    differing = ((found - x).abs() > 1e-6).double().mean().item()
+    assert differing <= (1e-3 if dtype == torch.float32 else 0)
+    assert torch.equal(found[0], clean[0])  # radius 0
+    assert torch.equal(found, tiles.pgd(model, clean, start, targets, eps, step_size, steps, loss))
+
+
+def test_which_path_serves_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRLKIT_KERNEL", "off")
+    model = lenet(dtype=torch.float32)
+    assert kernels.fast(model) is tiles
+    assert kernels.describe(model) == "portable"
+    assert kernels.fast(lenet(3)) is tiles
+    model.conv1 = torch.nn.Conv2d(1, 6, 5, padding="valid", bias=False)
+    assert kernels.fast(model) is None
+    assert kernels.fast(torch.nn.Linear(2, 2)) is None
