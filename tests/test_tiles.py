@@ -64,11 +64,11 @@ def test_gradient_of_the_images(count: int, classes: int) -> None:
     model, images, pull = lenet(classes), noise(count, 1, 32, 32), noise(count, classes)
     images.requires_grad_()
     (expected,) = torch.autograd.grad((logits(model, images) * pull).sum(), images)
-    network = tiles.Network(model)
+    network = tiles.Network(model, count)
     with torch.no_grad():
-        found, kept = network.forward(images.flatten(1).T.contiguous())
+        found = network.forward(images.flatten(1).T.contiguous())
         torch.testing.assert_close(found.T, logits(model, images), rtol=1e-11, atol=1e-12)
-        gradient = network.backward(pull.T, kept).T.reshape(images.shape)
+        gradient = network.backward(pull.T).T.reshape(images.shape)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13)
 
 

@@ -13,6 +13,7 @@ The gradient of the images is written out by hand, so no graph is recorded in an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from frlkit.models import LeNet5
 
+GROUP = 128  # images attacked together: more leave the cache, fewer waste the overhead of a call
 OFFSETS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of the four outputs of a tile
 
 
@@ -38,24 +40,28 @@ def gather(weights: Tensor, shape: torch.Size) -> Tensor:
     return sum(blocks[k, :, :, r : r + 5, c : c + 5] for k, (r, c) in enumerate(OFFSETS))
 
 
-def tiles(x: Tensor) -> Tensor:
+def tiles(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Copy the overlapping 6x6 tiles of (channels, side, side, N) into columns: (channels * 36, tiles * N)."""
     channels, side, _, count = x.shape
     half = (side - 4) // 2
     strides = (side * side * count, side * count, count, 2 * side * count, 2 * count, 1)
-    return x.contiguous().as_strided((channels, 6, 6, half, half, count), strides).reshape(channels * 36, -1)
+    overlapping = x.contiguous().as_strided((channels, 6, 6, half, half, count), strides)
+    out = x.new_empty(channels * 36, half * half * count) if out is None else out
+    out.view(overlapping.shape).copy_(overlapping)
+    return out
 
 
-def untile(columns: Tensor, channels: int, side: int) -> Tensor:
+def untile(columns: Tensor, channels: int, side: int, out: Tensor | None = None) -> Tensor:
     """The adjoint of `tiles`: add every tile's values where they came from, (channels, side, side, N)."""
     half, cells = (side - 4) // 2, side // 2
     pairs = columns.view(channels, 3, 2, 3, 2, half, half, -1)  # a tile is 3x3 cells of 2x2 pixels
-    x = columns.new_zeros(channels, cells, 2, cells, 2, pairs.shape[-1])
+    out = columns.new_empty(channels, side, side, pairs.shape[-1]) if out is None else out
+    x = out.zero_().view(channels, cells, 2, cells, 2, -1)
     for row in range(3):
         for column in range(3):
             place = x[:, row : row + half, :, column : column + half]  # (channels, half, 2, half, 2, N)
             place.add_(pairs[:, row, :, column].permute(0, 3, 1, 4, 2, 5))
-    return x.view(channels, side, side, -1)
+    return out
 
 
 def tanh_(x: Tensor) -> Tensor:
@@ -66,56 +72,72 @@ class Stage:
     """Convolution, tanh and mean pooling, forward and backward, for weights that stay as they are meanwhile.
 
     With s = sigmoid(2z), tanh(z) is 2s - 1 and its slope 4 s (1 - s): the constants vanish into weights and pooling.
+    Its large arrays are kept from call to call: fresh memory would cost a page fault for every 1,024 numbers.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.out = len(bias)
+    def __init__(self, weight: Tensor, bias: Tensor, side: int, count: int) -> None:
+        self.out, self.channels = weight.shape[:2]
+        self.side, self.half = side, (side - 4) // 2
         self.weight = spread(weight.detach())
         self.doubled = 2 * self.weight, 2 * bias.detach().repeat(4)[:, None]
+        width = self.half * self.half * count
+        self.columns = weight.new_empty(self.channels * 36, width, requires_grad=False)
+        self.sigmoids, self.wide = (weight.new_empty(4 * self.out, width, requires_grad=False) for _ in range(2))
+        self.input_gradient = weight.new_empty(self.channels, side, side, count, requires_grad=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(channels, side, side, N) -> pooled (out, half, half, N); and columns and sigmoids, for the gradients."""
-        half = (x.shape[1] - 4) // 2
-        columns = tiles(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """(channels, side, side, N) -> pooled (out, half, half, N); keeps columns and sigmoids for the gradients."""
         weight, bias = self.doubled
-        sigmoids = torch.addmm(bias, weight, columns).sigmoid_()
-        one, two, three, four = sigmoids.view(4, -1)
+        torch.addmm(bias, weight, tiles(x, self.columns), out=self.sigmoids).sigmoid_()
+        one, two, three, four = self.sigmoids.view(4, -1)
         pooled = (one + two).add_(three).add_(four).mul_(0.5).sub_(1)
-        return pooled.view(self.out, half, half, -1), columns, sigmoids
+        return pooled.view(self.out, self.half, self.half, -1)
 
-    def before_tanh(self, pooled_gradient: Tensor, sigmoids: Tensor) -> Tensor:
+    def before_tanh(self, pooled_gradient: Tensor) -> Tensor:
         """From the gradient of the pooled values to that of the values before tanh, (4 * out, tiles * N)."""
-        wide = torch.ops.aten.sigmoid_backward(pooled_gradient.reshape(1, -1), sigmoids.view(4, -1))  # g s (1 - s)
-        return wide.view(sigmoids.shape)
+        s, wide = self.sigmoids.view(4, -1), self.wide.view(4, -1)
+        torch.ops.aten.sigmoid_backward(pooled_gradient.reshape(1, -1), s, grad_input=wide)  # g s (1 - s)
+        return self.wide
+
+    def of_input(self, wide: Tensor) -> Tensor:
+        """From the gradient before tanh to that of the stage's input, (channels, side, side, N); columns are spent."""
+        torch.mm(self.weight.T, wide, out=self.columns)
+        return untile(self.columns, self.channels, self.side, self.input_gradient)
+
+
+def both_stages(parameters: Sequence[Tensor], count: int) -> tuple[Stage, Stage]:
+    """LeNet-5's two stages, from the weights and biases of conv1 and conv2, for batches of `count` images."""
+    weight1, bias1, weight2, bias2 = parameters
+    return Stage(weight1, bias1, 32, count), Stage(weight2, bias2, 14, count)
 
 
 class Network:
     """LeNet-5 with the images innermost: (32 * 32, N) to logits (classes, N), and back to the images' gradient."""
 
-    def __init__(self, model: LeNet5) -> None:
-        self.stages = [Stage(layer.weight, layer.bias) for layer in (model.conv1, model.conv2)]
+    def __init__(self, model: LeNet5, count: int) -> None:
+        self.stages = both_stages((*model.conv1.parameters(), *model.conv2.parameters()), count)
         layers = (model.conv3, model.fc1, model.fc2)
         self.linear = [(layer.weight.detach().flatten(1), layer.bias.detach()[:, None]) for layer in layers]
+        self.hidden: list[Tensor] = []
+        self.count = count
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Any]]:
-        """Logits (classes, N), and what `backward` needs."""
-        first, _, sigmoids1 = self.stages[0].forward(images.view(1, 32, 32, -1))
-        second, _, sigmoids2 = self.stages[1].forward(first)
-        hidden = [second.flatten(0, 2)]  # (400, N)
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (classes, N); keeps what `backward` needs."""
+        x = self.stages[1].forward(self.stages[0].forward(images.view(1, 32, 32, -1))).flatten(0, 2)  # (400, N)
+        self.hidden = []
         for weight, bias in self.linear[:2]:
-            hidden.append(tanh_(torch.addmm(bias, weight, hidden[-1])))
+            x = tanh_(torch.addmm(bias, weight, x))
+            self.hidden.append(x)
         weight, bias = self.linear[2]
-        return torch.addmm(bias, weight, hidden[-1]), [sigmoids1, sigmoids2, *hidden[1:]]
+        return torch.addmm(bias, weight, x)
 
-    def backward(self, gradient: Tensor, kept: list[Any]) -> Tensor:
-        """From the gradient of the logits to that of the images, (32 * 32, N)."""
-        sigmoids1, sigmoids2, *hidden = kept
-        for (weight, _), h in zip(self.linear[:0:-1], reversed(hidden), strict=True):
+    def backward(self, gradient: Tensor) -> Tensor:
+        """From the gradient of the logits to that of the images, (32 * 32, N), of the last `forward`."""
+        first, second = self.stages
+        for (weight, _), h in zip(self.linear[:0:-1], reversed(self.hidden), strict=True):
             gradient = (weight.T @ gradient).mul_(h.mul_(h).sub_(1)).neg_()
-        gradient = self.linear[0][0].T @ gradient  # (400, N)
-        gradient = untile(self.stages[1].weight.T @ self.stages[1].before_tanh(gradient, sigmoids2), 6, 14)
-        gradient = self.stages[0].weight.T @ self.stages[0].before_tanh(gradient, sigmoids1)
-        return untile(gradient, 1, 32).view(32 * 32, -1)
+        gradient = second.of_input(second.before_tanh(self.linear[0][0].T @ gradient))
+        return first.of_input(first.before_tanh(gradient)).view(32 * 32, -1)
 
 
 @torch.no_grad()
@@ -123,22 +145,33 @@ def pgd(
     model: LeNet5, images: Tensor, start: Tensor, targets: Tensor, eps: Tensor, step_size: Tensor, steps: int, loss: str
 ) -> Tensor:
     """What `frlkit.kernels.pgd` does, on any device and in any floating type, for any number of classes."""
-    network = Network(model)
-    clean, x = (batch.flatten(1).T.contiguous() for batch in (images, start))  # (1024, N)
-    low, high = (clean - eps).clamp_(min=0), (clean + eps).clamp_(max=1)
     if loss != "kl":
-        targets = F.one_hot(targets, len(model.fc2.bias))
-    targets = targets.T.to(x.dtype)
+        targets = F.one_hot(targets, len(model.fc2.bias)).to(images.dtype)
+    batches = zip(*(tensor.split(GROUP) for tensor in (images, start, targets, eps, step_size)), strict=True)
+    network = Network(model, min(GROUP, len(images)))
+    parts = []
+    for clean, adversarial, target, radius, step in batches:
+        if len(clean) != network.count:  # the last group
+            network = Network(model, len(clean))
+        parts.append(_pgd(network, clean, adversarial, target, radius, step, steps, loss))
+    return torch.cat(parts) if parts else images.clone()
+
+
+def _pgd(
+    network: Network, clean: Tensor, start: Tensor, target: Tensor, eps: Tensor, step: Tensor, steps: int, loss: str
+) -> Tensor:
+    centre, x = (batch.flatten(1).T.contiguous() for batch in (clean, start))  # (1024, N)
+    low, high, target = (centre - eps).clamp_(min=0), (centre + eps).clamp_(max=1), target.T
     for _ in range(steps):
-        logits, kept = network.forward(x)
+        logits = network.forward(x)
         if loss == "margin":
-            rival = logits.masked_fill(targets > 0, -torch.inf).argmax(0, keepdim=True)
-            gradient = torch.zeros_like(logits).scatter_(0, rival, 1) - targets
+            rival = logits.masked_fill(target > 0, -torch.inf).argmax(0, keepdim=True)
+            gradient = torch.zeros_like(logits).scatter_(0, rival, 1) - target
         else:
-            gradient = logits.softmax(0) - targets
-        x = torch.addcmul(x, step_size, network.backward(gradient, kept).sign_())
+            gradient = logits.softmax(0) - target
+        x = torch.addcmul(x, step, network.backward(gradient).sign_())
         x = torch.minimum(torch.maximum(x, low), high)
-    return x.T.reshape(images.shape)
+    return x.T.reshape(clean.shape)
 
 
 def features(model: LeNet5, images: Tensor) -> Tensor:
@@ -149,19 +182,20 @@ def features(model: LeNet5, images: Tensor) -> Tensor:
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, images: Tensor, *parameters: Tensor) -> Tensor:
-        context.stages = Stage(*parameters[:2]), Stage(*parameters[2:])
-        first, *kept1 = context.stages[0].forward(images.flatten(1).T.reshape(1, 32, 32, -1))
-        second, *kept2 = context.stages[1].forward(first)
-        context.save_for_backward(*kept1, *kept2, *parameters)
-        return second.flatten(0, 2).T.contiguous()  # (N, 400)
+        first, second = both_stages(parameters, len(images))
+        pooled = second.forward(first.forward(images.flatten(1).T.reshape(1, 32, 32, -1)))
+        context.stages = first, second
+        context.save_for_backward(*parameters)  # torch then refuses where they changed since
+        return pooled.flatten(0, 2).T.contiguous()  # (N, 400)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        columns1, sigmoids1, columns2, sigmoids2, weight1, _, weight2, _ = context.saved_tensors
-        stage1, stage2 = context.stages
-        gradient = stage2.before_tanh(gradient.T, sigmoids2)
-        own2 = gather(gradient @ columns2.T, weight2.shape), gradient.sum(1).view(4, -1).sum(0)
-        gradient = stage1.before_tanh(untile(stage2.weight.T @ gradient, 6, 14), sigmoids1)
-        own1 = gather(gradient @ columns1.T, weight1.shape), gradient.sum(1).view(4, -1).sum(0)
-        return None, *own1, *own2
+        weight1, _, weight2, _ = context.saved_tensors
+        first, second = context.stages
+        wide = second.before_tanh(gradient.T)
+        of_second = gather(wide @ second.columns.T, weight2.shape), wide.sum(1).view(4, -1).sum(0)
+        wide = first.before_tanh(second.of_input(wide))
+        of_first = gather(wide @ first.columns.T, weight1.shape), wide.sum(1).view(4, -1).sum(0)
+        del context.stages  # its columns are spent
+        return None, *of_first, *of_second
