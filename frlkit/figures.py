@@ -55,7 +55,7 @@ def class_bars(errors: pd.DataFrame, order: Sequence[str], note: str) -> Figure:
         axis.grid(axis="y", alpha=0.3)
     for axis in axes.flat[len(recipes) :]:
         axis.set_visible(False)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(note, x=0.01, ha="left", fontsize=11)
     return figure
 
