@@ -102,7 +102,7 @@ class GaussianTask:
         return information * threshold
 
     def decompose(self, eps: float) -> tuple[float, float]:
-        """Ω as (information part, threshold part), both above 1 for 0 < ε < γ.
+        """Ω as (information part, threshold part); for ε > 0 the first is at least 1 and the second above 1.
 
         Between the natural and the robust model stands a third: the robust model's weights with the intercept that is
         best for natural data. Going there from the natural model only loses features (information); going on to the
@@ -157,11 +157,16 @@ class LinearRule:
         """Exposure ‖w‖₁/‖w‖₂ to an ℓ∞ attack."""
         return float(np.abs(self.w).sum() / np.linalg.norm(self.w))
 
+    @property
+    def c(self) -> float:
+        """Intercept b/‖w‖₂, in feature units."""
+        return float(self.b / np.linalg.norm(self.w))
+
     def scores(self, eps0: float = 0.0) -> np.ndarray:
         """The z-scores (class -1, class +1) at test radius `eps0` whose Φ are the errors; the theorems' Z."""
         _need(_finite(eps0) and eps0 >= 0, "eps0", eps0, "a finite radius of at least 0, in feature units")
-        c, reach = self.b / np.linalg.norm(self.w), self.tau * eps0 - self.S
-        return np.array([c + reach, -c + reach]) / [self.task.sigma, self.task.K * self.task.sigma]
+        reach = self.tau * eps0 - self.S
+        return np.array([self.c + reach, -self.c + reach]) / [self.task.sigma, self.task.K * self.task.sigma]
 
     def errors(self, eps0: float = 0.0) -> Errors:
         """Exact error of (class -1, class +1) under an ℓ∞ attack of radius `eps0`; 0 gives the natural errors."""
@@ -174,8 +179,21 @@ class LinearRule:
         return plus - minus
 
     def log_gap(self) -> float:
-        """ln of the natural gap, which must be positive; neither cancels nor underflows."""
-        minus, plus = log_ndtr(self.scores())
+        """ln of the natural gap: accurate where the errors underflow, and where they nearly agree as K → 1.
+
+        Raises
+        ------
+        KitError
+            The gap is not positive.
+        """
+        K, (minus, plus) = self.task.K, self.scores()
+        width = ((K - 1) * self.S - (K + 1) * self.c) / (K * self.task.sigma)  # plus - minus, without cancelling
+        _need(width > 0, "gap", self.gap(), "a rule that errs more on class +1")
+        middle = (minus + plus) / 2
+        if width * (1 + abs(middle)) < 0.01:  # the integral of the density by the midpoint rule and its next term
+            correction = np.log1p((middle**2 - 1) * width**2 / 24)
+            return float(math.log(width) - middle**2 / 2 - math.log(2 * math.pi) / 2 + correction)
+        minus, plus = log_ndtr([minus, plus])
         return float(plus + np.log(-np.expm1(minus - plus)))
 
 
@@ -191,7 +209,7 @@ def intercept(S: float, sigma: float, K: float, prior: float = 0.5) -> float:
         In the units of S; finite at prior ½ and K > 1. It is ±inf where no threshold beats a constant answer: +1 for a
         large enough prior, and for K = 1 without signal (S <= 0) the likelier class (at prior ½: -1, the limit K → 1).
     """
-    L = math.log(K) + math.log1p(-prior) - math.log(prior)
+    L = math.log(K) + (math.log1p(-prior) - math.log(prior))  # at prior ½ the bracket is 0, or it swamps a tiny ln K
     a, k2 = 2 * S / sigma, (K - 1) * (K + 1)
     inside = a * a + 2 * k2 * L
     if k2 == 0 and a <= 0:

@@ -117,6 +117,13 @@ def test_monte_carlo_agrees(eps: float) -> None:
         assert all(0 < error < 0.005 for error in errors)
 
 
+def test_monte_carlo_attacks_each_weight_by_its_sign_and_states_its_noise() -> None:
+    rule = theory.LinearRule(replace(TASK, m=1, d=2), np.array([1.0, -0.5, 0.0]), 0.3)
+    rates, errors = theory.monte_carlo(rule, 0.4, 40_000, seed=2)
+    assert np.all(np.abs(np.subtract(rates, rule.errors(0.4))) < 4 * np.array(errors))
+    assert errors == pytest.approx([math.sqrt(rate * (1 - rate) / 20_000) for rate in rates])
+
+
 def test_theorem_2_as_printed_with_its_roots_restored() -> None:
     m, gamma, sigma, K, eps, eps0 = 3, 1.0, 1.5, 2.0, 0.5, 0.3
     B = 2 * math.sqrt(m) * (gamma - eps) / (sigma * (K**2 - 1))
@@ -196,17 +203,26 @@ def test_equal_variances_have_no_gap() -> None:
         replace(TASK, prior=0.3).omega(0.5)
 
 
-@pytest.mark.parametrize("K", [1 + 1e-4, 2.0, 300.0])
-def test_omega_against_fifty_digits(K: float) -> None:
-    task = GaussianTask(m=2, d=3000, gamma=1.0, eta=0.4, sigma=1.0, K=K)
-    with mpmath.workdps(50):
+@pytest.mark.parametrize(("m", "K"), [(2, 1 + 1e-15), (2, 1 + 1e-9), (2, 1.01), (2, 2.0), (2, 300.0), (9000, 2.0)])
+def test_omega_against_fifty_digits(m: int, K: float) -> None:
+    task = GaussianTask(m=m, d=3000, gamma=1.0, eta=0.4, sigma=1.0, K=K)
+    eps = 0.5
+    with mpmath.workdps(60):
         k, gaps = mpmath.mpf(K), []
-        for square, kept in ((2 + 3000 * mpmath.mpf(0.4) ** 2, 1), (2, mpmath.mpf(0.5))):
+        for square, kept in ((m + 3000 * mpmath.mpf(0.4) ** 2, 1), (m, 1 - mpmath.mpf(eps))):
             S = mpmath.sqrt(square)
             trained = S * kept  # sqrt(m)(gamma - eps) for the robust model
             c = ((k**2 + 1) * trained - 2 * k * mpmath.sqrt(trained**2 + (k**2 - 1) / 2 * mpmath.log(k))) / (k**2 - 1)
             gaps.append(mpmath.ncdf((-c - S) / k) - mpmath.ncdf(c - S))
-        assert task.omega(0.5) == pytest.approx(float(gaps[1] / gaps[0]), rel=1e-7)
+        assert task.omega(eps) == pytest.approx(float(gaps[1] / gaps[0]), rel=1e-9)
+        assert (gaps[0] < 1e-320) == (m == 9000)  # less than a double can hold
+
+
+def test_log_gap_needs_a_gap() -> None:
+    rule = TASK.natural()
+    assert math.exp(rule.log_gap()) == pytest.approx(rule.gap(), rel=1e-12)
+    with pytest.raises(KitError, match=r"^gap = -.* is not allowed: use a rule that errs more on class \+1"):
+        replace(rule, b=rule.b + 5).log_gap()
 
 
 def test_equal_variances_above_gamma_leave_only_the_prior() -> None:
@@ -257,12 +273,15 @@ def test_reweight_by_k_equalises_the_robust_errors_while_they_are_small() -> Non
         theory.reweight(TASK, 0.6, 0)
 
 
-def test_reweight_minimises_the_weighted_risk() -> None:
-    rule = theory.reweight(TASK, 0.3, 1.7)
+@pytest.mark.parametrize("prior", [0.5, 0.35])
+def test_reweight_minimises_the_weighted_risk(prior: float) -> None:
+    task = replace(TASK, prior=prior)
+    rule = theory.reweight(task, 0.3, 1.7)
     b = np.linspace(-5, 5, 2001)
     candidates = [replace(rule, b=value).errors(0.3) for value in b]
-    assert rule.b == pytest.approx(b[np.argmin([minus + 1.7 * plus for minus, plus in candidates])], abs=0.005)
-    assert rule.task == TASK
+    risks = [(1 - prior) * minus + 1.7 * prior * plus for minus, plus in candidates]
+    assert rule.b == pytest.approx(b[np.argmin(risks)], abs=0.005)
+    assert rule.task == task
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
@@ -277,13 +296,14 @@ def test_remargin_helps_exactly_below_half(sigma: float) -> None:
     assert same.errors(0.5) == pytest.approx(robust.errors(0.5), rel=1e-12)
 
 
-def test_remargin_is_the_minimiser_of_its_own_risk() -> None:
+@pytest.mark.parametrize("prior", [0.5, 0.4])
+def test_remargin_is_the_minimiser_of_its_own_risk(prior: float) -> None:
     eps_minus, eps_plus = 0.5, 0.7
-    rule = theory.remargin(TASK, eps_minus, eps_plus)
+    rule = theory.remargin(replace(TASK, prior=prior), eps_minus, eps_plus)
 
     def own(b: float) -> float:
         shifted = replace(rule, b=b)
-        return shifted.errors(eps_minus)[0] + shifted.errors(eps_plus)[1]
+        return (1 - prior) * shifted.errors(eps_minus)[0] + prior * shifted.errors(eps_plus)[1]
 
     grid = np.linspace(rule.b - 2, rule.b + 2, 4001)
     assert grid[np.argmin([own(b) for b in grid])] == pytest.approx(rule.b, abs=2e-3)
@@ -307,17 +327,33 @@ def test_trained_models_reach_their_optima(eps: float) -> None:
     assert [*smooth.w, smooth.b] == pytest.approx([*limit.w, limit.b], abs=0.04)
 
 
-def test_the_logistic_limit_is_stationary() -> None:
-    """Against scipy's minimiser of the loss on sampled margins with common random numbers, all weights free."""
-    task = GaussianTask(1, 2, 1.0, 0.4, 1.0, 2.0)
-    x, y = task.sample(200_000, seed=5)
+def test_robust_training_zeroes_features_that_only_carry_noise() -> None:
+    rule = theory.train(GaussianTask(1, 30, 1.0, 0.0, 1.0, 2.0), 0.1, 20_000, 100, seed=0)
+    assert (rule.w[1:] == 0).all()  # whichever way the sample makes them lean
+    assert rule.w[0] > 0
+
+
+@pytest.mark.parametrize(("eps", "prior"), [(0.0, 0.5), (0.2, 0.5), (0.2, 0.3), (0.6, 0.5), (0.6, 0.7)])
+def test_the_logistic_limit_is_a_minimum(eps: float, prior: float) -> None:
+    """The expected loss with all weights free, by Gauss-Hermite quadrature: no step from the limit lowers it."""
+    task = GaussianTask(2, 2, 1.0, 0.4, 1.3, 2.0, prior)
+    nodes, density = np.polynomial.hermite_e.hermegauss(80)
+    density = density / density.sum()
 
     def loss(v: np.ndarray) -> float:
-        return float(np.logaddexp(0, -(y * (x @ v[:3] + v[3]) - 0.2 * np.abs(v[:3]).sum())).mean())
+        total = 0.0
+        for label, spread, share in ((-1, task.sigma, 1 - prior), (1, task.K * task.sigma, prior)):
+            center = v[:4] @ task.theta + label * v[4] - eps * np.abs(v[:4]).sum()
+            total += share * density @ np.logaddexp(0, -(center + spread * np.linalg.norm(v[:4]) * nodes))
+        return float(total)
 
-    limit = theory.logistic_limit(task, 0.2)
-    found = minimize(loss, np.full(4, 0.5), method="BFGS")
-    assert found.x == pytest.approx([*limit.w, limit.b], abs=0.03)
+    limit = theory.logistic_limit(task, eps)
+    center, step = np.append(limit.w, limit.b), 1e-3
+    rises = [loss(center + sign * step * axis) - loss(center) for axis in np.eye(5) for sign in (-1, 1)]
+    assert min(rises) > 0
+    assert (limit.w[2:] == 0).all() == (eps > task.eta)
+    for back, forth in zip(rises[::2], rises[1::2], strict=True):  # a smooth minimum is level, a kink rises either way
+        assert abs(forth - back) < 1e-6 or min(back, forth) > 1e-5
 
 
 def test_a_logistic_model_can_reverse_the_claim() -> None:
@@ -336,6 +372,20 @@ def test_printed_bound_fails_and_corrected_bound_holds_where_classes_differ_most
     assert GaussianTask(m=10, d=200, gamma=1.0, eta=0.4, sigma=1.0, K=1e6).omega(0.5) == pytest.approx(1, abs=1e-3)
     with pytest.raises(KitError, match=r"^gamma = 1.0 is not allowed: use at least sigma"):
         theory.corrected_bound(GaussianTask(m=1, d=9, gamma=1.0, eta=0.4, sigma=3.0, K=9.0))
+
+
+def test_bounds_by_hand() -> None:
+    task = GaussianTask(m=2, d=8, gamma=1.0, eta=0.5, sigma=2.0, K=math.e)
+    assert theory.printed_bound(task) == pytest.approx((math.e**2 - 1) * 4 / 2 * 2)
+    for m, K, first in ((50, 2.0, False), (3, 20.0, True)):  # which of the two terms is the larger
+        task = GaussianTask(m=m, d=100, gamma=2.0, eta=0.8, sigma=1.0, K=K)
+        energies = [math.sqrt(m), math.sqrt(m + 100 * 0.4**2)]
+        q = (K**2 - 1) * math.log(K) / 8
+        low, high = (root + math.sqrt(root**2 + q) for root in energies)
+        z = [replace(task, d=extra).natural().scores()[1] for extra in (0, 100)]
+        term = math.exp((z[1] ** 2 - z[0] ** 2) / 2) / K
+        assert (term < 1) == first
+        assert theory.corrected_bound(task) == pytest.approx(high / low * max(1, term), rel=1e-9)
 
 
 def test_remargin_refuses_radii_that_use_other_features() -> None:
@@ -358,8 +408,10 @@ def test_sampler_has_the_stated_moments() -> None:
     [
         ("m", 0),
         ("m", 1.5),
+        ("m", True),
         ("d", -1),
         ("gamma", 0.1),
+        ("gamma", TASK.eta),
         ("eta", -0.1),
         ("sigma", 0),
         ("K", 0.5),
@@ -370,6 +422,11 @@ def test_sampler_has_the_stated_moments() -> None:
 def test_bad_arguments_are_named(field: str, value: float) -> None:
     with pytest.raises(KitError, match=rf"^{field} = .* is not allowed: use "):
         replace(TASK, **{field: value})
+
+
+def test_without_non_robust_features_their_weight_is_zero() -> None:
+    assert replace(TASK, d=0).natural().w_nonrobust == 0
+    assert TASK.natural().w_nonrobust / TASK.natural().w_robust == pytest.approx(0.4)
 
 
 def test_bad_radius_is_named() -> None:
