@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+
+import frlkit  # noqa: F401  before torch: it asks OpenMP's threads not to spin, which is read when torch is loaded
+
+# isort: split
 import torch
 import torchattacks
 from torch import nn
@@ -105,6 +109,10 @@ def reweight_batch_as_reported(network: nn.Module, split: Split, validation: Spl
     train_with_torchattacks(network, Split(split.images[:100], split.labels[:100]), steps=20, share=1.0)
 
 
+def random_images(images: int) -> Split:
+    return Split(torch.randint(0, 256, (images, 1, 32, 32), dtype=torch.uint8), torch.arange(images) % 10)
+
+
 def seconds(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
@@ -162,7 +170,7 @@ def main(images: int, pairs: int, threads: int, out: str | None) -> None:
     torch.manual_seed(0)
     model = models.build("lenet5", 10, seed=0)
     network, alone = plain_lenet(model), plain_lenet(model)
-    split = Split(torch.randint(0, 256, (images, 1, 32, 32), dtype=torch.uint8), torch.arange(images) % 10)
+    split = random_images(images)
     few = Split(split.images[:40], split.labels[:40])
 
     def training_work(name: str, steps: int, share: float) -> Work:
