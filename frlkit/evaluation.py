@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit import KitError, __version__, checkpoint, kernels
@@ -113,6 +114,29 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
         attacked.append(torch.where(clean[-1] == y, predict(model, adversarial), clean[-1]))
     labels = split.labels.cpu().numpy()
     return tally(labels, torch.cat(clean).cpu().numpy(), torch.cat(attacked).cpu().numpy())
+
+
+@torch.no_grad()
+def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
+    """Mean probability of each class over the attacked images of each class, (C, C) float64: true by predicted."""
+    sums: Tensor | float = 0.0
+    for number, start in enumerate(range(0, len(split), BATCH)):
+        x, y = split.batch(slice(start, start + BATCH))
+        generator = stream(attack.seed, number, device=x.device)
+        adversarial = pgd(
+            model,
+            x,
+            y,
+            attack.eps_255 / 255,
+            attack.step_255 / 255,
+            attack.steps,
+            loss=attack.loss,
+            generator=generator,
+        )
+        with evaluating(model):
+            probabilities = model(adversarial).softmax(1).double().cpu()
+        sums = sums + F.one_hot(y.cpu(), probabilities.shape[1]).double().T @ probabilities
+    return sums / sums.sum(1, keepdim=True)
 
 
 def tally(labels: np.ndarray, clean: np.ndarray, attacked: np.ndarray) -> ClassErrors:

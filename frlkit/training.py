@@ -1,4 +1,4 @@
-"""The one epoch loop: natural training, PGD adversarial training (PGD-AT) and TRADES, resumable after every epoch.
+"""The one epoch loop: natural training, PGD-AT, TRADES and Fair Robust Learning (FRL), resumable after every epoch.
 
 Every epoch's random numbers derive from (seed, epoch) alone, so a run that was stopped and resumed equals the straight
 run bit for bit on CPU (same torch, same number of threads, same kernel).
@@ -13,19 +13,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from frlkit import KitError, checkpoint, evaluation, kernels, models
+from frlkit import KitError, checkpoint, evaluation, fairness, kernels, models
 from frlkit.attacks import pgd
 from frlkit.data import READERS, Dataset, Split
 from frlkit.evaluation import Attack, stream
 
-ORDER, START = 0, 1  # the purposes of an epoch's random streams: order of the images, starts of the attacks
+# The purposes of an epoch's random streams: order of the images, starts of the attacks, images to estimate errors on.
+ORDER, START, ESTIMATE = 0, 1, 2
 
 
 class TrainingDivergedError(KitError):
@@ -36,7 +37,9 @@ class TrainingDivergedError(KitError):
 class Config:
     """Everything that decides a run's result; radius and step in 1/255. Unknown or mistyped values raise `KitError`."""
 
-    method: str  # natural, pgd_at or trades
+    METHODS: ClassVar[tuple[str, ...]] = ("natural", "pgd_at", "trades")
+
+    method: str
     dataset: str = "fashion_mnist"
     model: str = "lenet5"
     seed: int = 0
@@ -57,19 +60,35 @@ class Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            fits = isinstance(value, (int, float)) if kind == "float" else type(value).__name__ == kind
-            if not fits or isinstance(value, bool):
+            right = type(value) in (int, float) if kind == "float" else type(value).__name__ == kind
+            if not right:
                 raise KitError(f"{field.name} = {value!r} is not allowed: use a {kind}")
-            low, high, allowed = RANGES[field.name]
+            low, high, allowed = (0, 1, self.METHODS) if field.name == "method" else RANGES[field.name]
             if allowed and value not in allowed:
                 raise KitError(f"{field.name} = {value!r} is unknown: use one of {', '.join(allowed)}")
             if not allowed and not low <= value <= high:  # NaN compares false
                 raise KitError(f"{field.name} = {value!r} is not allowed: use a {kind} from {low:g} to {high:g}")
 
 
+@dataclass(frozen=True)
+class FairConfig(fairness.Rule, Config):
+    """A retraining run (FRL): goes on from the finished run of `start` with the same seed, data set and batch size."""
+
+    METHODS: ClassVar[tuple[str, ...]] = ("frl", "pgd_at", "report_reweight", "report_remargin")
+
+    start: str = "pgd_at"  # the recipe whose weights it starts from ...
+    start_epochs: int = 15  # ... after so many epochs
+    updates: int = 1  # of the multipliers in each epoch, evenly spaced
+    measure_255: float = 8.0  # radius at which the errors behind an update are measured (PGD-20, step 2/255)
+    update_images: int = 0  # they are measured on so many random validation images; 0: on all
+    step: str = "own"  # step size in proportion to the sample's own radius, or to the batch's largest, or fixed
+    predicted_targets: bool = True  # report_reweight: attacked images are trained towards, and weighted by, the
+    # prediction for the clean image (the report); False: towards its probabilities, weighted by the label
+    unshuffled_labels: bool = False  # report_remargin: labels stay behind when the images are shuffled (the report)
+
+
 _POSITIVE = sys.float_info.min
 RANGES: dict[str, tuple[float, float, tuple[str, ...]]] = {
-    "method": (0, 0, ("natural", "pgd_at", "trades")),
     "dataset": (0, 0, tuple(READERS)),
     "model": (0, 0, tuple(models.MODELS)),
     "optimizer": (0, 0, ("adam", "sgd")),
@@ -86,6 +105,31 @@ RANGES: dict[str, tuple[float, float, tuple[str, ...]]] = {
     "steps": (1, 10**5, ()),
     "attacked": (_POSITIVE, 1, ()),
     "beta": (0, 1e6, ()),
+    "scheme": (0, 0, ("multipliers", "dafa", "one_class")),
+    "alpha_nat": (0, 1e6, ()),
+    "alpha_bdy": (0, 1e6, ()),
+    "alpha_margin": (-1e6, 1e6, ()),
+    "tau_nat": (0, 1, ()),
+    "tau_bdy": (0, 1, ()),
+    "target": (0, 0, ("boundary", "robust")),
+    "bound": (0, 1, ()),
+    "radius_low": (0, 1, ()),
+    "radius_high": (1, 1e6, ()),
+    "smoothing": (_POSITIVE, 1, ()),
+    "weighting": (0, 0, ("lagrangian", "softmax")),
+    "subtract_average": (0, 1, ()),
+    "accumulate": (0, 1, ()),
+    "clamp_state": (0, 1, ()),
+    "strength": (0, 1e3, ()),
+    "chosen": (0, 10**6, ()),
+    "start": (0, 0, ("natural", "pgd_at_half", "pgd_at", "trades")),
+    "start_epochs": (1, 10**5, ()),
+    "updates": (1, 10**5, ()),
+    "measure_255": (0, 255, ()),
+    "update_images": (0, 10**9, ()),
+    "step": (0, 0, ("own", "largest", "fixed")),
+    "predicted_targets": (0, 1, ()),
+    "unshuffled_labels": (0, 1, ()),
 }
 
 #: The recipes of the preliminary study: what differs between its models. Schedule and optimiser are the same.
@@ -98,14 +142,38 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
-    """The configuration of a named recipe; `values` are further fields of `Config`."""
-    if recipe not in RECIPES:
-        raise KitError(f"recipe = {recipe!r} is unknown: use one of {', '.join(RECIPES)}")
-    if unknown := set(values) - {field.name for field in fields(Config)}:
-        raise KitError(
-            f"{min(unknown)!r} is no field of a run: use {', '.join(field.name for field in fields(Config))}"
+    """The configuration of a named recipe, or of a variation such as ``"uniform,beta=6,steps=20"``.
+
+    `values` are further fields of the configuration; they do not show in the name. Raises `KitError` for an unknown
+    recipe or field, or a value that does not fit.
+    """
+    name, *variations = recipe.split(",")
+    known = {**RECIPES, **fairness.RECIPES}
+    if name not in known:
+        raise KitError(f"recipe = {name!r} is unknown: use one of {', '.join(known)}")
+    kind = FairConfig if name in fairness.RECIPES else Config
+    types = {field.name: field.type for field in fields(kind)}
+    for variation in variations:
+        key, _, text = variation.partition("=")
+        if key in types:
+            values[key] = _value(key, text, types[key])
+        else:
+            values[key] = text
+    if unknown := set(values) - set(types):
+        raise KitError(f"{min(unknown)!r} is no field of a run of {name}: use {', '.join(types)}")
+    return kind(dataset=dataset, seed=seed, **{**known[name], **values})
+
+
+def _value(name: str, text: str, kind: str) -> Any:
+    """A field's value from text."""
+    try:
+        return (
+            {"True": True, "False": False}[text]
+            if kind == "bool"
+            else {"int": int, "float": float, "str": str}[kind](text)
         )
-    return Config(dataset=dataset, seed=seed, **{**RECIPES[recipe], **values})
+    except (KeyError, ValueError):
+        raise KitError(f"{name} = {text!r} is not allowed: use a {kind}") from None
 
 
 def folder(runs: Path, recipe: str, config: Config) -> Path:
@@ -113,8 +181,21 @@ def folder(runs: Path, recipe: str, config: Config) -> Path:
     return runs / config.dataset / recipe / f"seed{config.seed}"
 
 
-def loss(model: nn.Module, x: Tensor, y: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """The training loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT), or with TRADES' KL term."""
+def loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    config: Config,
+    generator: torch.Generator,
+    balance: fairness.Setting | None = None,
+) -> Tensor:
+    """The training loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT), or with TRADES' KL term.
+
+    With a `balance`, the loss of a retraining run: every term is a mean weighted by class, and the attack has each
+    class's radius.
+    """
+    if balance is not None:
+        return _fair_loss(model, x, y, config, generator, balance)
     attack = (config.eps_255 / 255, config.step_255 / 255, config.steps)
     if config.method == "natural":
         return F.cross_entropy(model(x), y)
@@ -128,16 +209,69 @@ def loss(model: nn.Module, x: Tensor, y: Tensor, config: Config, generator: torc
     return F.cross_entropy(clean, y) + config.beta * divergence
 
 
+def _fair_loss(
+    model: nn.Module, x: Tensor, y: Tensor, config: FairConfig, generator: torch.Generator, balance: fairness.Setting
+) -> Tensor:
+    """The loss of a retraining run, by its method.
+
+    frl: weighted cross-entropy of the clean images + beta * weighted KL(p(x) || p(x')), the surrogates of R_nat and
+    R_bdy (section 4.2 of the paper; the authors' code). pgd_at: weighted cross-entropy of the attacked images.
+    report_reweight and report_remargin: what the report's code computes.
+    """
+    eps = config.eps_255 / 255 * balance.radius_factors[y]  # (N,)
+    step = torch.full_like(eps, config.step_255 / 255)
+    if config.step != "fixed":
+        own = balance.radius_factors[y]
+        step = step * (own if config.step == "own" else own.max())
+    if config.method == "frl":
+        adversarial = pgd(model, x, y, eps, step, config.steps, loss="kl", random_start="gaussian", generator=generator)
+        clean, attacked = model(torch.cat([x, adversarial])).chunk(2)
+        natural = F.cross_entropy(clean, y, balance.weights_nat)
+        return natural + config.beta * _weighted_divergence(attacked, clean, balance.weights_bdy[y])
+    share = math.ceil(config.attacked * len(x))
+    adversarial = pgd(model, x[:share], y[:share], eps[:share], step[:share], config.steps, generator=generator)
+    if config.method == "pgd_at":
+        return F.cross_entropy(model(torch.cat([adversarial, x[share:]])), y, balance.weights_bdy)
+    if config.method == "report_remargin":
+        order = torch.randperm(len(x), generator=generator, device=x.device)
+        shuffled = torch.cat([adversarial, x[share:]])[order]
+        labels = y if config.unshuffled_labels else y[order]
+        clean, mixed = model(torch.cat([x, shuffled])).chunk(2)
+        return F.cross_entropy(clean, y, balance.weights_nat) + F.cross_entropy(mixed, labels)
+    clean, attacked = model(torch.cat([x, adversarial])).chunk(2)
+    natural = F.cross_entropy(clean, y, balance.weights_nat)
+    if config.predicted_targets:
+        return natural + F.cross_entropy(attacked, clean.argmax(1), balance.weights_bdy)
+    return natural + _weighted_divergence(attacked, clean, balance.weights_bdy[y])
+
+
+def _weighted_divergence(attacked: Tensor, clean: Tensor, weights: Tensor) -> Tensor:
+    """KL(p(x) || p(x')), mean over the batch with the given weights (N,)."""
+    divergence = F.kl_div(attacked.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
+    return (weights * divergence).sum() / weights.sum()
+
+
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, config: Config, epoch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    config: Config,
+    epoch: int,
+    part: tuple[int, int] = (0, 1),
+    balance: fairness.Setting | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Train one epoch (counted from 0), yielding (images, loss) of each batch; every image is used once."""
+    """Train one epoch (counted from 0), yielding (images, loss) of each batch; every image is used once.
+
+    `part` = (k, n) trains only the k-th of n consecutive parts of the epoch's batches, counted from 0.
+    """
     device = split.labels.device
-    starts = stream(config.seed, epoch, START, device=device)
+    starts = stream(config.seed, epoch, START, part[0], device=device)
     order = torch.randperm(len(split), generator=stream(config.seed, epoch, ORDER)).to(device)
+    batches = order.split(config.batch_size)
+    first, last = (len(batches) * (part[0] + k) // part[1] for k in (0, 1))
     model.train()
-    for number, index in enumerate(order.split(config.batch_size)):
-        batch_loss = loss(model, *split.batch(index), config, starts)
+    for number, index in enumerate(batches[first:last], start=first):
+        batch_loss = loss(model, *split.batch(index), config, starts, balance)
         value = batch_loss.item()
         if not math.isfinite(value):
             raise TrainingDivergedError(
@@ -168,9 +302,9 @@ def run(config: Config, data: Dataset, folder: Path) -> nn.Module:
     if not weights.exists():
         state = _train(config, data, folder)
         made_by = {"kernel": state["kernel"], "threads": torch.get_num_threads(), "versions": evaluation.versions()}
-        checkpoint.write_json(
-            folder / "history.json", {"config": asdict(config), **made_by, "epochs": state["history"]}
-        )
+        start = {"start": state["start"]} if "start" in state else {}
+        history = {"config": asdict(config), **made_by, **start, "epochs": state["history"]}
+        checkpoint.write_json(folder / "history.json", history)
         classes = len(data.class_names)
         checkpoint.save(weights, {"config": asdict(config), "num_classes": classes, "model": state["model"]})
     model = load(folder, config, device)
@@ -216,45 +350,119 @@ def _train(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
     """Epochs from the newest checkpoint to the last, saving after each; returns the final state."""
     path = folder / "checkpoint.pt"
     device = data.train.labels.device
-    model = models.build(config.model, len(data.class_names), seed=config.seed).to(device)
-    optimizer = _optimizer(model, config)
     state = checkpoint.resume(path, asdict(config), device)
-    history: list[dict[str, Any]] = []
-    if state is not None:
+    if state is None:
+        model = _starting_model(config, data, folder)
+        state = {"config": asdict(config), "epoch": 0, "history": []}
+        if isinstance(config, FairConfig):
+            multipliers = fairness.initial(len(data.class_names))
+            start = {
+                "sha256": checkpoint.digest(dict(model.state_dict())),
+                "validation": _validation_errors(model, data),
+            }
+            state |= {"multipliers": multipliers._asdict(), "start": start}
+        optimizer = _optimizer(model, config)
+    else:
+        model = models.build(config.model, len(data.class_names), seed=config.seed).to(device)
         model.load_state_dict(state["model"])
+        optimizer = _optimizer(model, config)
         optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-    for epoch in range(len(history), config.epochs):
+    for epoch in range(state["epoch"], config.epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, epoch)
         began = time.perf_counter()
-        mean_loss = _run_epoch(model, optimizer, data.train, config, epoch, folder)
-        seconds = time.perf_counter() - began
-        errors = evaluation.class_errors(model, data.validation, Attack(config.eps_255, config.step_255, steps=10))
-        validation = {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
-        rate = learning_rate(config, epoch)
-        history.append({"loss": mean_loss, "lr": rate, "validation": validation, "seconds": round(seconds, 2)})
-        state = {
-            "config": asdict(config),
+        entry: dict[str, Any] = {"lr": learning_rate(config, epoch)}
+        if isinstance(config, FairConfig):
+            batches = _balanced_epoch(model, optimizer, data, config, epoch, state)
+        else:
+            batches = train_epoch(model, optimizer, data.train, config, epoch)
+        entry["loss"] = _follow(batches, data.train, config, epoch, folder)
+        entry["seconds"] = round(time.perf_counter() - began, 2)
+        if isinstance(config, FairConfig):
+            entry["validation"] = _validation_errors(model, data)
+            balance = fairness.setting(fairness.State(**state["multipliers"]), config)
+            entry |= {name: values.tolist() for name, values in balance._asdict().items()}
+        else:
+            attack = Attack(config.eps_255, config.step_255, steps=10)
+            entry["validation"] = _validation_errors(model, data, attack)
+        state |= {
             "epoch": epoch + 1,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "history": history,
+            "history": [*state["history"], entry],
             "kernel": kernels.describe(model),
         }
         checkpoint.save(path, state, keep_previous=True)
-    assert state is not None  # config.epochs >= 1
-    return {"model": model.state_dict(), "history": history, "kernel": state["kernel"]}
+    return state
 
 
-def _run_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, config: Config, epoch: int, folder: Path
-) -> float:
-    """`train_epoch` with a progress bar where someone watches, one line where not; returns the mean loss."""
+def _starting_model(config: Config, data: Dataset, folder: Path) -> nn.Module:
+    """A network drawn from the seed, or for a retraining run the finished run it starts from, trained if missing."""
+    device = data.train.labels.device
+    if not isinstance(config, FairConfig):
+        return models.build(config.model, len(data.class_names), seed=config.seed).to(device)
+    shared = {"epochs": config.start_epochs, "batch_size": config.batch_size, "model": config.model}
+    start = configure(config.start, config.dataset, config.seed, **shared)
+    return run(start, data, folder.parents[1] / config.start / folder.name)
+
+
+def _validation_errors(model: nn.Module, data: Dataset, attack: Attack = evaluation.STANDARD[0]) -> dict[str, Any]:
+    """Class-wise natural and robust errors on the validation split, as the history keeps them."""
+    errors = evaluation.class_errors(model, data.validation, attack)
+    return {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
+
+
+def _balanced_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    config: FairConfig,
+    epoch: int,
+    state: dict[str, Any],
+) -> Iterator[tuple[int, float]]:
+    """One epoch of Algorithm 1: errors on the validation split, multipliers, training under them; `updates` times.
+
+    The multipliers are read from `state` and written back to it.
+    """
+    for part in range(config.updates):
+        multipliers = _next_multipliers(model, data, config, epoch, part, state)
+        state["multipliers"] = multipliers._asdict()
+        balance = fairness.setting(multipliers, config)
+        balance = fairness.Setting(*(values.float().to(data.train.labels.device) for values in balance))
+        yield from train_epoch(model, optimizer, data.train, config, epoch, (part, config.updates), balance)
+
+
+def _next_multipliers(
+    model: nn.Module, data: Dataset, config: FairConfig, epoch: int, part: int, state: dict[str, Any]
+) -> fairness.State:
+    multipliers, classes = fairness.State(**state["multipliers"]), len(data.class_names)
+    attack = Attack(eps_255=config.measure_255)
+    if config.scheme == "one_class":
+        return fairness.one_class(classes, config)
+    if config.scheme == "dafa":
+        if (epoch, part) != (0, 0):  # one shot
+            return multipliers
+        return fairness.dafa(evaluation.class_similarity(model, data.validation, attack), config)
+    split = data.validation
+    if config.update_images:
+        generator = stream(config.seed, epoch, ESTIMATE, part)
+        index = torch.randperm(len(split), generator=generator)[: config.update_images]
+        split = Split(split.images[index.to(split.labels.device)], split.labels[index.to(split.labels.device)])
+    if split is data.validation and attack == evaluation.STANDARD[0] and part == 0:  # measured when the epoch ended
+        known = (state["history"][-1] if state["history"] else state["start"])["validation"]
+        natural, robust = (torch.tensor(known[kind], dtype=torch.float64) for kind in ("natural", "robust"))
+    else:
+        errors = evaluation.class_errors(model, split, attack)
+        natural, robust = torch.from_numpy(errors.natural), torch.from_numpy(errors.robust)
+    return fairness.update(multipliers, natural, robust - natural, config)
+
+
+def _follow(batches: Iterator[tuple[int, float]], split: Split, config: Config, epoch: int, folder: Path) -> float:
+    """Run an epoch, with a progress bar where someone watches, one line where not; returns the mean loss."""
     title = f"{'/'.join(folder.parts[-3:])} epoch {epoch + 1}/{config.epochs}"  # DATASET/RECIPE/seedN
     total, seen, began = 0.0, 0, time.perf_counter()
     with tqdm(total=len(split), desc=title, unit="img", leave=False, disable=not watched()) as bar:
-        for images, value in train_epoch(model, optimizer, split, config, epoch):
+        for images, value in batches:
             total, seen = total + images * value, seen + images
             bar.update(images)
             bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
