@@ -79,6 +79,38 @@ def worst_interval(errors: pd.DataFrame, recipe: str, measure: str, draws: int =
     return float(low), float(high)
 
 
+def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
+    """One row per recipe and seed: average over classes and worst class of each error in per cent (paper's Table 1).
+
+    Robust and boundary error are under the standard attack at `eps_255` (in 1/255).
+    """
+    rows = {}
+    for recipe, seeds in records.items():
+        for record in seeds:
+            natural, robust = np.array(record["natural"]), evaluation.robust_errors(record, eps_255)
+            kinds = {"natural": natural, "boundary": robust - natural, "robust": robust}
+            rows[recipe, record["config"]["seed"]] = {
+                f"{kind} {what}": 100 * getattr(errors, how)()
+                for kind, errors in kinds.items()
+                for what, how in (("average", "mean"), ("worst", "max"))
+            }
+    return pd.DataFrame(rows).T.rename_axis(["recipe", "seed"])
+
+
+def means(scored: pd.DataFrame) -> pd.DataFrame:
+    """`scores`, or their differences, as mean ± sd over seeds: one row per recipe."""
+    return pd.DataFrame(
+        {recipe: part.apply(plus_minus) for recipe, part in scored.groupby(level="recipe", sort=False)}
+    ).T
+
+
+def against(scored: pd.DataFrame, control: str) -> pd.DataFrame:
+    """`scores` of every other recipe minus those of `control` with the same seed, in percentage points."""
+    others = scored.drop(index=control, level="recipe")
+    reference = scored.loc[control].reindex(others.index.get_level_values("seed"))
+    return others - reference.to_numpy()
+
+
 def gap(errors: pd.DataFrame, recipe: str, measure: str) -> pd.Series:
     """Worst class minus average over classes, in percentage points, seed by seed."""
     scores = classwise(errors, recipe, measure)
