@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 from IPython.display import display
 
-from frlkit import KitError
+from frlkit import KitError, tables
 
 VERDICTS = ("confirmed", "partly", "not established", "refuted", "not tested")
 MIME = "application/vnd.frlkit.claims+json"
@@ -26,6 +26,33 @@ class Claim:
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
             raise KitError(f"verdict = {self.verdict!r}: use one of {', '.join(VERDICTS)}")
+
+
+def lower(change: pd.Series, *, within: bool = False) -> str:
+    """The verdict on "this is lower", from a change seed by seed: see `tables.established`.
+
+    With `within`, a change that is not established still confirms: the claim is "at most".
+    """
+    if len(change) < 2:
+        return "not tested"
+    if tables.established(change):
+        return "confirmed" if change.mean() < 0 else "refuted"
+    return "confirmed" if within else "not established"
+
+
+def together(verdicts: Iterable[str]) -> str:
+    """One verdict on a claim about several methods: theirs where they agree, "partly" where some confirm."""
+    found = set(verdicts)
+    if len(found) == 1:
+        return found.pop()
+    if "not tested" in found:
+        return "not tested"
+    return "partly" if "confirmed" in found else "not established"
+
+
+def opposite(verdict: str) -> str:
+    """The verdict on "this is not lower", from `lower`'s: a change that is not established does not refute it."""
+    return {"confirmed": "refuted", "refuted": "confirmed", "not established": "confirmed"}.get(verdict, verdict)
 
 
 def show(title: str, claims: list[Claim]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from frlkit import PROJECT, KitError, __version__
+from frlkit import PROJECT, KitError, __version__, data
 
 
 class ParameterError(KitError):
@@ -27,6 +27,7 @@ class ParameterError(KitError):
 ALL_PARAMETERS = {
     *("DATASET", "RECIPES", "SEEDS", "EPOCHS", "BATCH_SIZE", "DEVICE", "RUNS", "FIGURES", "DRIVE"),
     *("SEED", "SAMPLES", "GD_STEPS"),  # the theory's
+    *("FRL_SEEDS", "FRL_EPOCHS", "ALPHAS", "GRID_SEEDS", "ATTACKED"),  # Fair Robust Learning's
 }
 
 Rule = Callable[[Any], Any]  # returns the value to use, or raises ValueError with what is allowed
@@ -155,6 +156,19 @@ def folder(path: str, default: str, *, drive: bool = False) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     return place
+
+
+def load_data(dataset: str, device: str) -> tuple[data.Dataset | None, str, str]:
+    """The data set, a label for tables and titles, and one for file names.
+
+    Where it cannot be found or downloaded, prints why and returns None with labels that say so: a study is then drawn
+    from the shipped records.
+    """
+    try:
+        return data.load(dataset, device=data.pick_device(device)), dataset, dataset
+    except data.DataUnavailableError as error:
+        print(error)
+        return None, f"{dataset} (shipped records, not recomputed)", f"{dataset}_shipped_records"
 
 
 def versions(*packages: str) -> str:

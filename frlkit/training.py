@@ -337,6 +337,16 @@ def study(
     return records, histories
 
 
+def recheck(
+    records: dict[str, list[dict[str, Any]]], recipe: str, runs: Path, tensors: Dataset, **values: Any
+) -> float:
+    """Attack the first seed's weights again, here and now: the largest class-wise difference from the record."""
+    record = records[recipe][0]
+    config = configure(recipe, tensors.name, record["config"]["seed"], **values)
+    model = load(folder(runs, recipe, config), config, tensors.test.labels.device)
+    return evaluation.largest_difference(record, evaluation.evaluate(model, tensors))
+
+
 def load(folder: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
     state = checkpoint.read(folder / "weights.pt", device)

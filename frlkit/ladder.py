@@ -1,0 +1,113 @@
+"""A ladder of ever stronger attacks on the same images: clean, PGD-20, PGD-50 with restarts, AutoAttack.
+
+As in RobustBench, an image that one rung fools is not attacked again, so errors only grow down the ladder. Progress is
+kept image by image: an interrupted ladder goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from frlkit import KitError, checkpoint, evaluation, kernels
+from frlkit.attacks import evaluating, pgd
+from frlkit.data import Split
+from frlkit.evaluation import Attack
+
+CLEAN, AUTOATTACK = "clean", "AutoAttack (standard)"
+CHUNK = 100  # images between two writes of the progress
+
+
+def rungs(eps_255: float) -> dict[str, Attack | None]:
+    """The attacks by name, weakest first; None where there is no `Attack` to describe them."""
+    weak, strong = Attack(eps_255), Attack(eps_255, step_255=eps_255 / 8, steps=50, restarts=10, loss="margin")
+    return {CLEAN: None, str(weak): weak, str(strong): strong, AUTOATTACK: None}
+
+
+def subset(split: Split, images: int, classes: int) -> Split:
+    """The first images of every class, equally many of each; raises `KitError` where a class has too few."""
+    each = images // classes
+    parts = [(split.labels == label).nonzero()[:each, 0] for label in range(classes)]
+    if not each or min(map(len, parts)) < each:
+        raise KitError(f"{images} images is not allowed: use {classes} to {classes * min(map(len, parts))}")
+    index = torch.cat(parts)
+    return Split(split.images[index], split.labels[index])
+
+
+def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[str, Any]:
+    """Attack every image with every rung it survives; returns and keeps the record at `path`.
+
+    The record's ``fell`` holds, image by image, the number of the first rung that fools the model, or the number of
+    rungs where none does. Images not yet attacked have -1. AutoAttack comes from torchattacks, which has to be
+    installed; raises `KitError` where it is not, or where the file belongs to other weights or images.
+    """
+    names = list(rungs(eps_255))
+    about = {
+        "weights_sha256": checkpoint.digest(dict(model.state_dict())),
+        "images_sha256": checkpoint.digest({"images": split.images, "labels": split.labels}),
+        "eps_255": eps_255,
+        "rungs": names,
+    }
+    record = {**about, "labels": split.labels.tolist(), "fell": [-1] * len(split)}
+    if path.exists():
+        record = evaluation.read_record(path)
+        checkpoint.refuse_other(path, {key: record.get(key) for key in about}, about)
+    for start in range(0, len(split), CHUNK):
+        part = slice(start, start + CHUNK)
+        if -1 in record["fell"][part]:
+            record["fell"][part] = _fell(model, *split.batch(part), eps_255, start).tolist()
+            record |= {"kernel": kernels.describe(model), "versions": _versions()}
+            checkpoint.write_json(path, record)
+    return record
+
+
+def errors(record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Class-wise error (C,), as fractions, at each rung of a finished ladder."""
+    labels, fell = np.array(record["labels"]), np.array(record["fell"])
+    classes = range(labels.max() + 1)
+    return {
+        name: np.array([(fell[labels == label] <= number).mean() for label in classes])
+        for number, name in enumerate(record["rungs"])
+    }
+
+
+def _fell(model: nn.Module, x: Tensor, y: Tensor, eps_255: float, start: int) -> Tensor:
+    fell = torch.full_like(y, len(rungs(eps_255)))
+    for number, (name, attack) in enumerate(rungs(eps_255).items()):
+        alive = (fell == len(rungs(eps_255))).nonzero()[:, 0]
+        if len(alive):
+            images = _attacked(model, x[alive], y[alive], name, attack, eps_255, start)
+            fell[alive[evaluation.predict(model, images) != y[alive]]] = number
+    return fell
+
+
+def _attacked(
+    model: nn.Module, x: Tensor, y: Tensor, name: str, attack: Attack | None, eps_255: float, start: int
+) -> Tensor:
+    if name == CLEAN:
+        return x
+    if attack is not None:
+        generator = evaluation.stream(attack.seed, start, device=x.device)
+        radius, step = attack.eps_255 / 255, attack.step_255 / 255
+        settings = {"restarts": attack.restarts, "loss": attack.loss, "generator": generator}
+        return pgd(model, x, y, radius, step, attack.steps, **settings)
+    if find_spec("torchattacks") is None:
+        raise KitError("AutoAttack needs torchattacks: pip install --no-deps torchattacks")
+    import torchattacks
+
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchattacks, about its own use of torch
+        classes = model(x[:1]).shape[1]
+        return torchattacks.AutoAttack(model, eps=eps_255 / 255, n_classes=classes, seed=0)(x, y)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {**evaluation.versions(), "torchattacks": version("torchattacks")}
