@@ -150,21 +150,26 @@ def fairness_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], note: 
 
 
 def change_bars(changes: pd.DataFrame, note: str) -> Figure:
-    """Bars of `tables.against`: one panel per column, one bar per recipe, whiskers ± sd over seeds."""
+    """`value_bars` of `tables.against`: changes in percentage points."""
+    return value_bars(changes, note, unit="change (points)")
+
+
+def value_bars(scored: pd.DataFrame, note: str, unit: str = "error (%)") -> Figure:
+    """Bars of `tables.scores`: one panel per column, one bar per recipe, whiskers ± sd over seeds."""
     figure, axes = plt.subplots(
         1,
-        len(changes.columns),
-        figsize=(15, 1.6 + 0.35 * changes.index.get_level_values(0).nunique()),
+        len(scored.columns),
+        figsize=(15, 1.6 + 0.35 * scored.index.get_level_values(0).nunique()),
         sharey=True,
         layout="constrained",
     )
-    frame = changes.reset_index()
+    frame = scored.reset_index()
     frame["recipe"] = frame["recipe"].map(lambda recipe: TITLES.get(recipe, recipe))
-    for axis, column in zip(axes, changes.columns, strict=True):
+    for axis, column in zip(axes, scored.columns, strict=True):
         spread = "sd" if frame["seed"].nunique() > 1 else None
         sns.barplot(frame, y="recipe", x=column, errorbar=spread, color=COLOURS[0], ax=axis, err_kws={"linewidth": 1})
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=column, xlabel="change (points)", ylabel="")
+        axis.set(title=column, xlabel=unit, ylabel="")
         axis.grid(axis="x", alpha=0.3)
     figure.suptitle(note, x=0.01, ha="left", fontsize=11)
     return figure
