@@ -67,6 +67,14 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
     return record
 
 
+def finished(path: Path) -> dict[str, Any]:
+    """The record of a ladder that attacked all its images; raises `KitError` where there is none."""
+    record = evaluation.read_record(path)
+    if -1 in record["fell"]:
+        raise KitError(f"{path} is unfinished: climb it with the weights and the images first")
+    return record
+
+
 def errors(record: dict[str, Any]) -> dict[str, np.ndarray]:
     """Class-wise error (C,), as fractions, at each rung of a finished ladder."""
     labels, fell = np.array(record["labels"]), np.array(record["fell"])
