@@ -27,7 +27,7 @@ import torchattacks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from frlkit import attacks, evaluation, kernels, models, training
+from frlkit import evaluation, fairness, kernels, models, training
 from frlkit.data import Split
 from frlkit.evaluation import Attack
 
@@ -91,16 +91,14 @@ def evaluate_with_torchattacks(network: nn.Module, split: Split, batch: int) -> 
 
 def reweight_epoch(model: nn.Module, split: Split, validation: Split) -> None:
     """An epoch of FRL Reweight: one evaluation updates the multipliers, then weighted training under PGD-10."""
+    config = training.configure("algorithm1_reweight", "fashion_mnist", 0, batch_size=BATCH)
     errors = evaluation.class_errors(model, validation, Attack(steps=20))
-    excess = torch.as_tensor(errors.robust - errors.robust.mean(), dtype=torch.float32).clamp(min=0)
-    weights = 0.1 + excess - excess.mean()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    for index in torch.randperm(len(split)).split(BATCH):
-        x, y = split.batch(index)
-        adversarial = attacks.pgd(model, x, y, EPS, STEP, 10)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(adversarial), y, weights).backward()
-        optimizer.step()
+    natural, boundary = torch.from_numpy(errors.natural), torch.from_numpy(errors.boundary)
+    state = fairness.update(fairness.initial(len(natural)), natural, boundary, config)
+    balance = fairness.Setting(*(values.float() for values in fairness.setting(state, config)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    for _ in training.train_epoch(model, optimizer, split, config, epoch=0, balance=balance):
+        pass
 
 
 def reweight_batch_as_reported(network: nn.Module, split: Split, validation: Split) -> None:

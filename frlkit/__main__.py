@@ -52,20 +52,24 @@ def reproduce(dataset: str, retrain: bool, output: Path) -> None:
 @click.argument("recipe")
 @click.option("--dataset", default="fashion_mnist", show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
-@click.option("--epochs", type=int, default=15, show_default=True)
+@click.option("--epochs", type=int, help="Default: the recipe's own, 15, or 8 for a retraining recipe.")
 @click.option("--batch-size", type=int, default=100, show_default=True)
 @click.option("--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def train(
-    recipe: str, dataset: str, seeds: tuple[int, ...], epochs: int, batch_size: int, runs: Path, device: str
+    recipe: str, dataset: str, seeds: tuple[int, ...], epochs: int | None, batch_size: int, runs: Path, device: str
 ) -> None:
-    """Train and evaluate RECIPE (natural, pgd_at_half, pgd_at, trades), resuming what is there.
+    """Train and evaluate RECIPE, resuming what is there.
 
-    The notebooks read the same folders: RUNS/DATASET/RECIPE/seedN.
+    RECIPE is natural, pgd_at_half, pgd_at, trades, or a retraining recipe of frlkit.fairness (uniform,
+    algorithm1_both, official_reweight, ...), which goes on from the same seed's pgd_at, trained first where it is
+    missing. Fields may be varied: "algorithm1_both,alpha_margin=1". The notebooks read the same folders:
+    RUNS/DATASET/RECIPE/seedN.
     """
     from frlkit import data, training
 
-    configs = [training.configure(recipe, dataset, seed, epochs=epochs, batch_size=batch_size) for seed in seeds]
+    values = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
+    configs = [training.configure(recipe, dataset, seed, **values) for seed in seeds]
     tensors = data.load(dataset, device=data.pick_device(device))
     for config in configs:
         training.run(config, tensors, training.folder(runs, recipe, config))

@@ -33,9 +33,10 @@ def rungs(eps_255: float) -> dict[str, Attack | None]:
 def subset(split: Split, images: int, classes: int) -> Split:
     """The first images of every class, equally many of each; raises `KitError` where a class has too few."""
     each = images // classes
+    most = int(torch.bincount(split.labels, minlength=classes).min())
+    if not 1 <= each <= most:
+        raise KitError(f"{images} images is not allowed: use {classes} to {classes * most}")
     parts = [(split.labels == label).nonzero()[:each, 0] for label in range(classes)]
-    if not each or min(map(len, parts)) < each:
-        raise KitError(f"{images} images is not allowed: use {classes} to {classes * min(map(len, parts))}")
     index = torch.cat(parts)
     return Split(split.images[index], split.labels[index])
 

@@ -1,0 +1,109 @@
+"""The ladder of attacks: errors only grow, each rung sees the survivors alone, progress outlives an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from frlkit import KitError, evaluation, ladder, models
+from frlkit.data import Dataset, Split
+from frlkit.evaluation import Attack
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Dataset) -> nn.Module:
+    """A briefly trained network: some images right, some wrong."""
+    network = models.build("lenet5", seed=0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    x, y = tiny.train.batch(slice(None))
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    return network
+
+
+def test_subset_takes_the_first_of_every_class(tiny: Dataset) -> None:
+    part = ladder.subset(tiny.test, 20, 10)
+    assert torch.bincount(part.labels).tolist() == [2] * 10
+    for label in range(10):
+        assert torch.equal(part.images[part.labels == label], tiny.test.images[tiny.test.labels == label][:2])
+    for images in (5, 60):
+        with pytest.raises(KitError, match=rf"{images} images is not allowed: use 10 to 50"):
+            ladder.subset(tiny.test, images, 10)
+
+
+def test_errors_by_hand() -> None:
+    record = {"labels": [0, 0, 0, 0, 1, 1], "fell": [0, 1, 3, 4, 4, 2], "rungs": ["a", "b", "c", "d"]}
+    found = {name: values.tolist() for name, values in ladder.errors(record).items()}
+    assert found == {"a": [0.25, 0], "b": [0.5, 0], "c": [0.5, 0.5], "d": [0.75, 0.5]}
+
+
+def test_climb_agrees_with_each_attack_alone_and_only_grows(model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
+    part = ladder.subset(tiny.test, 20, 10)
+    record = ladder.climb(model, part, 8.0, tmp_path / "ladder.json")
+    errors = list(ladder.errors(record).values())
+    assert len(errors) == 4
+    assert all((weaker <= stronger).all() for weaker, stronger in zip(errors, errors[1:], strict=False))
+    alone = evaluation.class_errors(model, part, Attack(8.0))
+    assert np.array_equal(errors[0], alone.natural)
+    assert np.abs(errors[1] - alone.robust).max() <= 0.5  # other random starts
+    assert errors[1].mean() > errors[0].mean()
+    assert (tmp_path / "ladder.json").exists()
+    assert ladder.finished(tmp_path / "ladder.json") == record
+
+
+def test_an_interrupted_climb_goes_on(
+    model: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "CHUNK", 7)
+    monkeypatch.setattr(ladder, "rungs", lambda eps: {"clean": None, "pgd": Attack(eps, steps=2)})
+    part, path = ladder.subset(tiny.test, 20, 10), tmp_path / "ladder.json"
+    straight = ladder.climb(model, part, 8.0, tmp_path / "straight.json")
+    climbing, calls = ladder._fell, []
+
+    def stop_at_the_second(*arguments: object) -> torch.Tensor:
+        calls.append(arguments[-1])
+        if len(calls) == 2:
+            raise InterruptedError
+        return climbing(*arguments)
+
+    monkeypatch.setattr(ladder, "_fell", stop_at_the_second)
+    with pytest.raises(InterruptedError):
+        ladder.climb(model, part, 8.0, path)
+    with pytest.raises(KitError, match="unfinished"):
+        ladder.finished(path)
+    assert ladder.climb(model, part, 8.0, path) == straight
+    assert calls == [0, 7, 7, 14]
+
+
+def test_other_weights_or_images_are_refused(model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
+    part, path = ladder.subset(tiny.test, 10, 10), tmp_path / "ladder.json"
+    ladder.checkpoint.write_json(path, {"weights_sha256": "other", "rungs": [], "fell": []})
+    with pytest.raises(KitError, match="weights_sha256 is 'other' there"):
+        ladder.climb(model, part, 8.0, path)
+
+
+def test_a_linear_model_falls_where_arithmetic_says(tmp_path: Path) -> None:
+    """Two classes split by the mean pixel: an image falls at the first rung if its margin is below the radius."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(50.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            value = self.scale * (x.mean((1, 2, 3)) - 0.5)
+            never = -value.abs() - 10  # AutoAttack wants four classes
+            return torch.stack([-value, value, never, never], 1)
+
+    levels = torch.tensor([100, 124, 126, 140, 120, 131, 134, 200], dtype=torch.uint8)
+    images = levels.view(-1, 1, 1, 1).expand(-1, 1, 32, 32).contiguous()
+    split = Split(images, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    record = ladder.climb(Mean(), split, 8.0, tmp_path / "ladder.json")
+    rungs = len(record["rungs"])
+    assert record["fell"] == [rungs, 1, 1, 0, 0, 1, 1, rungs]
