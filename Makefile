@@ -1,6 +1,7 @@
-# reproduce: the study, end to end · retrain: from nothing (DATASET=digits: small) · test: the whole suite · bench: speed
+# reproduce: the study, end to end · retrain: from nothing (PROFILE=smoke: tiny) · test: the whole suite · bench: speed
 PYTHON  ?= python3
 DATASET ?= fashion_mnist
+PROFILE ?=
 RUN     := .venv/bin/python
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
@@ -11,10 +12,10 @@ endif
 
 .PHONY: reproduce retrain bench test
 reproduce: .venv/ready
-	$(RUN) -m frlkit reproduce --dataset $(DATASET)
+	$(RUN) -m frlkit reproduce --dataset $(DATASET) --profile "$(PROFILE)"
 
 retrain: .venv/ready
-	$(RUN) -m frlkit reproduce --dataset $(DATASET) --retrain
+	$(RUN) -m frlkit reproduce --dataset $(DATASET) --profile "$(PROFILE)" --retrain
 
 bench: .venv/ready-test
 	$(RUN) benchmarks/epoch.py

@@ -35,9 +35,10 @@ def main() -> None:
 
 @main.command()
 @click.option("--dataset", default="fashion_mnist", show_default=True, help="fashion_mnist, or the embedded digits.")
+@click.option("--profile", default="", help="Parameters from notebooks/profiles, such as smoke; sets the data set.")
 @click.option("--retrain", is_flag=True, help="Train everything anew under OUTPUT/retrained, ignoring shipped runs.")
 @click.option("--output", type=click.Path(path_type=Path), default=PROJECT / "output", help="Default: output/.")
-def reproduce(dataset: str, retrain: bool, output: Path) -> None:
+def reproduce(dataset: str, profile: str, retrain: bool, output: Path) -> None:
     """Run the numbered notebooks and print the claims table.
 
     Executed notebooks, an HTML copy of each and index.html go to OUTPUT. Finished runs are reloaded, missing ones
@@ -45,7 +46,7 @@ def reproduce(dataset: str, retrain: bool, output: Path) -> None:
     """
     from frlkit.reproduce import reproduce as run_all
 
-    click.echo(run_all(dataset, output.resolve(), retrain=retrain))
+    click.echo(run_all(dataset, output.resolve(), retrain=retrain, profile=profile))
 
 
 @main.command(short_help="Train and evaluate a recipe, resuming what is there.")

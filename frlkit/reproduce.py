@@ -34,20 +34,21 @@ class Job:
     live: bool  # whether its data set is there
 
 
-def reproduce(dataset: str, output: Path, *, retrain: bool = False) -> str:
+def reproduce(dataset: str, output: Path, *, retrain: bool = False, profile: str = "") -> str:
     """Run whatever is not up to date under `output` and return the claims table as text.
 
     Without the data set, says so in one line, draws the study from the shipped records and runs it live on the embedded
     digits. With `retrain`, everything is trained from nothing under ``output/retrained`` and no shipped run is read.
+    `profile` names a file of ``notebooks/profiles`` in place of the data set's own, such as "smoke".
 
     Raises
     ------
     KitError
-        An unknown data set, a notebook that fails, or no notebooks (a kit installed without its checkout).
+        An unknown data set or profile, a notebook that fails, or no notebooks (a kit installed without its checkout).
     """
     output = output / "retrained" if retrain else output
     os.environ["FRLKIT_DATA"] = str(data.root().resolve())  # the kernels run in another folder
-    jobs = list(plan(dataset, output, retrain))
+    jobs = list(plan(dataset, output, retrain, profile))
     done_file = output / "done.json"
     done = json.loads(done_file.read_text()) if done_file.exists() else {}
     tables = []
@@ -66,14 +67,15 @@ def reproduce(dataset: str, output: Path, *, retrain: bool = False) -> str:
     return f"\n{text}\n\nnotebooks, tables and figures: {output / 'index.html'}"
 
 
-def plan(dataset: str, output: Path, retrain: bool) -> Iterator[Job]:
+def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterator[Job]:
     """The jobs, given what data there are: a notebook without a DATASET parameter runs once."""
     import papermill
-    import yaml
 
     sources = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not sources:
         raise KitError(f"there are no notebooks in {NOTEBOOKS}: run this from a checkout of the repository")
+    if profile:
+        dataset = _profile(profile)["DATASET"]
     datasets = {dataset: True}
     try:
         data.load(dataset)
@@ -86,10 +88,20 @@ def plan(dataset: str, output: Path, retrain: bool) -> Iterator[Job]:
     for source in sources:
         known = papermill.inspect_notebook(str(source))
         for name, live in datasets.items() if "DATASET" in known else [(dataset, True)]:
-            profile = yaml.safe_load((NOTEBOOKS / "profiles" / f"{PROFILES[name]}.yaml").read_text())
-            parameters = {key: value for key, value in {**profile, **folders}.items() if key in known}
+            values = {**_profile(profile or PROFILES[name]), **folders}
+            parameters = {key: value for key, value in values.items() if key in known}
             suffix = f"_{name}" if "DATASET" in known and name != "fashion_mnist" else ""
             yield Job(source, source.stem + suffix, parameters, live)
+
+
+def _profile(name: str) -> dict[str, Any]:
+    """The parameters in a file of ``notebooks/profiles``; raises `KitError` where there is none of that name."""
+    import yaml
+
+    known = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
+    if name not in known:
+        raise KitError(f"profile = {name!r} is unknown: use one of {', '.join(known)}")
+    return yaml.safe_load(known[name].read_text())
 
 
 def _fingerprint(job: Job) -> str:

@@ -112,8 +112,9 @@ def test_nbval_theory() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_nbval_disparity(fashion_mnist: object) -> None:
-    done = nbval(DISPARITY, DISPARITY.parent)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != THEORY], ids=lambda path: path.stem)
+def test_nbval_on_real_data(path: Path, fashion_mnist: object) -> None:
+    done = nbval(path, path.parent)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -52,6 +52,14 @@ def test_retrain_needs_data_and_touches_no_shipped_run(elsewhere: Path, monkeypa
         list(reproduce.plan("fashion_mnist", elsewhere, retrain=True))
 
 
+def test_a_profile_sets_the_data_set_and_an_unknown_one_is_refused(elsewhere: Path) -> None:
+    jobs = list(reproduce.plan("fashion_mnist", elsewhere, retrain=True, profile="smoke"))
+    assert {job.parameters.get("DATASET", "digits") for job in jobs} == {"digits"}
+    assert {job.parameters.get("FRL_EPOCHS", 1) for job in jobs} == {1}
+    with pytest.raises(KitError, match=r"profile = 'tiny' is unknown: use one of digits, full, smoke"):
+        list(reproduce.plan("digits", elsewhere, retrain=False, profile="tiny"))
+
+
 def test_unknown_data_set_is_refused(elsewhere: Path) -> None:
     with pytest.raises(KitError, match="dataset = 'cifar'"):
         list(reproduce.plan("cifar", elsewhere, retrain=False))
