@@ -49,6 +49,15 @@ def reproduce(dataset: str, profile: str, retrain: bool, output: Path) -> None:
     click.echo(run_all(dataset, output.resolve(), retrain=retrain, profile=profile))
 
 
+@main.command()
+def report() -> None:
+    """Write the tables of README.md and REPORT.md anew from shipped records, notebooks and benchmark results."""
+    from frlkit import documents
+
+    changed = documents.refresh()
+    click.echo(f"written anew: {', '.join(changed)}" if changed else "every table is up to date")
+
+
 @main.command(short_help="Train and evaluate a recipe, resuming what is there.")
 @click.argument("recipe")
 @click.option("--dataset", default="fashion_mnist", show_default=True)

@@ -1,0 +1,100 @@
+"""``python -m frlkit report``: the tables of README.md and REPORT.md, written from records, notebooks and benchmarks.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; everything else in a document is prose.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from frlkit import PROJECT, KitError, checkpoint, claims, evaluation, tables, training
+
+DOCUMENTS = ("README.md", "REPORT.md")
+#: Retraining recipes of README's table, after the model that they start from.
+FAIR = (
+    *("pgd_at", "uniform", "baseline_reweight", "algorithm1_reweight", "algorithm1_remargin", "algorithm1_both"),
+    *("official_uniform", "official_reweight", "official_both", "dafa"),
+)
+FAIR_SEEDS = (0, 1, 2)
+
+
+def refresh(project: Path = PROJECT) -> list[str]:
+    """Write every table anew; returns the documents that changed. Raises `KitError` for an unknown table's name."""
+    changed = []
+    for name in DOCUMENTS:
+        text = (project / name).read_text()
+        fresh = re.sub(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", _replacement, text, flags=re.DOTALL)
+        if fresh != text:
+            checkpoint.write_atomically(project / name, fresh.encode())
+            changed.append(name)
+    return changed
+
+
+def _replacement(found: re.Match[str]) -> str:
+    if found[2] not in TABLES:
+        raise KitError(f"table {found[2]!r} is unknown: use one of {', '.join(TABLES)}")
+    return f"{found[1]}{TABLES[found[2]]()}\n{found[3]}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def shipped(recipes: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Test records of shipped runs on Fashion-MNIST, recipe -> one per seed."""
+    place = PROJECT / "checkpoints" / "fashion_mnist"
+    return {
+        recipe: [evaluation.read_record(place / recipe / f"seed{seed}" / "record.json") for seed in seeds]
+        for recipe in recipes
+    }
+
+
+def disparity() -> str:
+    summary = tables.summary(tables.tidy(shipped(list(training.RECIPES), range(5))))
+    names = ("natural", "8/255", "16/255")
+    head = ["", *(f"{name}, {part}" for name in names for part in ("average", "worst"))]
+    cells = [(measure, part) for measure in tables.MEASURES for part in ("average", "worst")]
+    rows = [[recipe, *(summary.loc[(recipe, measure), part] for measure, part in cells)] for recipe in training.RECIPES]
+    return markdown(head, rows)
+
+
+def fairness() -> str:
+    means = tables.means(tables.scores(shipped(FAIR, FAIR_SEEDS)))
+    return markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
+
+
+def claims_of(number: str) -> Callable[[], str]:
+    def render() -> str:
+        (notebook,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
+        found = claims.from_notebook(json.loads(notebook.read_text())["cells"])
+        rows = [[row["claim"], row["evidence"], row["verdict"]] for table in found for row in table["claims"]]
+        return markdown(["claim", "evidence", "verdict"], rows)
+
+    return render
+
+
+def speed() -> str:
+    """Both paths' ratios, from ``benchmarks/results_*.json``."""
+    found = [json.loads(path.read_text()) for path in sorted((PROJECT / "benchmarks").glob("results_*.json"))]
+    rows = []
+    for number, first in enumerate(found[0]["rows"]):
+        cells = [table["rows"][number] for table in found]
+        texts = [f"{row['ratio']} × ({row['lowest']} to {row['highest']}), {row['images_per_s']:,}/s" for row in cells]
+        rows.append([first["work"], f"{first['baseline_images_per_s']:,}/s", *texts])
+    frl = [table["frl_epoch"] for table in found]
+    texts = [f"{row['ratio']} × ({row['kit_s']} s)" for row in frl]
+    rows.append(["FRL epoch, the report's way", f"{frl[0]['report_s']} s", *texts])
+    return markdown(["", "baseline", *(table["kernel"] for table in found)], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "disparity": disparity,
+    "fairness": fairness,
+    "speed": speed,
+    **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
+}
