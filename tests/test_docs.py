@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
-from frlkit import PROJECT, tables, training
+from frlkit import PROJECT, KitError, checkpoint, documents, training
 from frlkit.__main__ import main
 from frlkit.evaluation import read_record
 
 README = (PROJECT / "README.md").read_text()
 
 
-def shipped() -> dict[str, list[dict[str, object]]]:
-    folder = PROJECT / "checkpoints" / "fashion_mnist"
-    return {
-        recipe: [read_record(folder / recipe / f"seed{seed}" / "record.json") for seed in range(5)]
-        for recipe in training.RECIPES
-    }
+@pytest.fixture
+def copies(tmp_path: Path) -> Path:
+    for name in documents.DOCUMENTS:
+        shutil.copy(PROJECT / name, tmp_path)
+    return tmp_path
 
 
-def test_the_table_comes_from_the_records() -> None:
-    summary = tables.summary(tables.tidy(shipped()))
-    for recipe in training.RECIPES:
-        cells = [summary.loc[(recipe, measure), part] for measure in tables.MEASURES for part in ("average", "worst")]
-        assert f"| {recipe} | {' | '.join(cells)} |" in README
+def test_every_table_is_what_records_and_notebooks_say(copies: Path) -> None:
+    assert documents.refresh(copies) == []
+
+
+def test_an_altered_number_is_written_anew(copies: Path) -> None:
+    text = (copies / "README.md").read_text()
+    number = re.search(r"\d+\.\d ± \d\.\d", text)[0]
+    (copies / "README.md").write_text(text.replace(number, "99.9 ± 9.9", 1))
+    assert documents.refresh(copies) == ["README.md"]
+    assert (copies / "README.md").read_text() == text
+
+
+def test_an_unknown_table_is_refused(copies: Path) -> None:
+    (copies / "README.md").write_text("<!-- table tabel -->\n<!-- end -->\n")
+    with pytest.raises(KitError, match="table 'tabel' is unknown: use one of disparity"):
+        documents.refresh(copies)
+
+
+def test_shipped_runs_are_what_their_folders_say_and_all_different() -> None:
+    """No figure can show one model under two names: every run has its own weights, record and history agree."""
+    seen: dict[str, str] = {}
+    folders = sorted(path.parent for path in (PROJECT / "checkpoints" / "fashion_mnist").glob("*/seed*/weights.pt"))
+    assert len(folders) >= 20
+    for folder in folders:
+        recipe, seed = folder.parent.name, int(folder.name.removeprefix("seed"))
+        state = checkpoint.read(folder / "weights.pt")
+        wanted = training.configure(recipe, "fashion_mnist", seed)
+        assert state["config"] == asdict(wanted)
+        weights = checkpoint.digest(state["model"])
+        assert seen.setdefault(weights, str(folder)) == str(folder)
+        record, history = (read_record(folder / f"{name}.json") for name in ("record", "history"))
+        assert record["config"] == history["config"] == state["config"]
+        assert record["weights_sha256"] == weights
+        assert record["images"] == 10_000
+        assert len(history["epochs"]) == wanted.epochs
+        if "start" in history:
+            start = checkpoint.read(folder.parents[1] / wanted.start / folder.name / "weights.pt")
+            assert history["start"]["sha256"] == checkpoint.digest(start["model"])
 
 
 def test_commands_exist() -> None:
