@@ -1,4 +1,4 @@
-"""One atomic file after every epoch, and the three files of a finished run.
+"""One atomic file after every epoch, the three files of a finished run, and one process at a time on each.
 
 A state is a nested dictionary of tensors, numbers, text and lists. It is written to a temporary file in the same
 folder, flushed to disk and renamed, and the generation before it is kept, so a crash at any moment leaves a whole
@@ -8,21 +8,32 @@ file from a stranger cannot run code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from frlkit import KitError
+
+_mirrors: dict[Path, Path] = {}  # folder -> the slower, less reliable one that receives a copy of every file
+_waiting: set[Path] = set()  # files whose copy has failed so far
+
+
+class WriteError(KitError, OSError):
+    """A file could not be written; what was saved before is intact."""
 
 
 def digest(state: Any) -> str:
@@ -51,10 +62,14 @@ def digest(state: Any) -> str:
 
 
 def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) -> None:
-    """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes.
+
+    Raises `WriteError` where the disk is full, read-only or gone.
+    """
+    temporary = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
@@ -63,9 +78,110 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteError(
+                f"{path} cannot be written ({error.strerror or error}): free space or choose another folder, and run "
+                "the same again; what was saved before is intact"
+            ) from None
         raise
+    _copy_to_mirror(path)
+
+
+def mirror(folder: Path, remote: Path) -> None:
+    """From now on copy every file written under `folder` to `remote` too, after taking over what `remote` holds.
+
+    For Google Drive, whose writes lag and whose mount drops: work goes on in `folder`, a copy that fails is tried
+    again with the next one, and damaged files of `remote` are left there with a warning.
+    """
+    for source in sorted(path for path in remote.rglob("*") if path.is_file()):
+        target = folder / source.relative_to(remote)
+        try:
+            if source.suffix == ".pt":
+                read(source)
+            elif source.suffix == ".json":
+                json.loads(source.read_text())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{source} was not taken over: {error}", stacklevel=2)
+    _mirrors[folder.resolve()] = remote
+
+
+def _copy_to_mirror(path: Path) -> None:
+    """Copy a written file, and those whose copy failed before, to the mirror of their folder."""
+    if _mirror_of(path) is not None:
+        _waiting.add(path)
+    for file in sorted(_waiting):
+        target = _mirror_of(file)
+        if target is None or not file.exists():
+            _waiting.discard(file)
+            continue
+        for wait in (0.0, 0.1, 0.5):
+            time.sleep(wait)
+            try:
+                _copy(file, target)
+                _waiting.discard(file)
+                break
+            except OSError as error:
+                trouble = f"{target} could not be written ({error.strerror or error})"
+    if _waiting:
+        warnings.warn(
+            f"{trouble}: {len(_waiting)} files are kept here alone for now and copied with the next one", stacklevel=3
+        )
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy under another name, compare, rename; the generation before stays as `previous`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f"{target.name}.copy")
+    shutil.copyfile(file, draft)
+    if draft.read_bytes() != file.read_bytes():
+        raise OSError("the copy differs")
+    if target.name == "checkpoint.pt" and target.exists():
+        os.replace(target, previous(target))
+    os.replace(draft, target)
+
+
+def _mirror_of(path: Path) -> Path | None:
+    for folder, remote in _mirrors.items():
+        if path.resolve().is_relative_to(folder):
+            return remote / path.resolve().relative_to(folder)
+    return None
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint and the generation before it, in the mirror too."""
+    for file in (path, previous(path)):
+        file.unlink(missing_ok=True)
+        target = _mirror_of(file)
+        if target is not None:
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: a second process says so and waits until the first has finished, or has died."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "run.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process works on {folder}: waiting for it", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise WriteError(
+            f"{folder} cannot be written ({error.strerror or error}): choose another folder for the runs"
+        ) from None
+    try:
+        yield
+    finally:
+        (folder / "run.lock").unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:

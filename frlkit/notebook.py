@@ -8,15 +8,15 @@ Papermill only warns about a misspelt parameter and passes ``-p FLAG true`` on a
 from __future__ import annotations
 
 import ast
+import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from frlkit import PROJECT, KitError, __version__, data
+from frlkit import PROJECT, KitError, __version__, checkpoint, data
 
 
 class ParameterError(KitError):
@@ -137,25 +137,20 @@ def _assigned_names(history: list[str]) -> set[str]:
 def folder(path: str, default: str, *, drive: bool = False) -> Path:
     """The folder a parameter names: relative to the working directory; empty means `default` in the project.
 
-    With `drive`, Google Drive is mounted and its ``frlkit`` folder takes the place of the project, so that runs outlive
-    a Colab session; what the project ships under `default` is copied there first, where it is missing.
+    With `drive`, Google Drive is mounted and its ``frlkit`` folder holds a copy of everything that is written there,
+    so that runs outlive a Colab session; what it holds already is taken over first (see `checkpoint.mirror`).
     """
     if path:
         return Path(path).expanduser().resolve()
-    if not drive:
-        return PROJECT / default
-    try:
-        from google.colab import drive as google_drive
-    except ImportError:
-        raise KitError("DRIVE = True needs Google Colab: leave it False, or name a folder with RUNS") from None
-    google_drive.mount("/content/drive")
-    place = Path("/content/drive/MyDrive/frlkit") / default
-    for source in (PROJECT / default).rglob("*"):
-        target = place / source.relative_to(PROJECT / default)
-        if source.is_file() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-    return place
+    if drive:
+        try:
+            from google.colab import drive as google_drive
+        except ImportError:
+            raise KitError("DRIVE = True needs Google Colab: leave it False, or name a folder with RUNS") from None
+        mount = os.environ.get("FRLKIT_DRIVE", "/content/drive")
+        google_drive.mount(mount)
+        checkpoint.mirror(PROJECT / default, Path(mount) / "MyDrive" / "frlkit" / default)
+    return PROJECT / default
 
 
 def load_data(dataset: str, device: str) -> tuple[data.Dataset | None, str, str]:

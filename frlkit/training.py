@@ -292,26 +292,31 @@ def learning_rate(config: Config, epoch: int) -> float:
 def run(config: Config, data: Dataset, folder: Path) -> nn.Module:
     """Train, or go on training, or reload: the model after `config.epochs` epochs.
 
-    `folder` holds ``checkpoint.pt`` after every epoch; a finished run leaves ``weights.pt`` (configuration and
-    weights), ``history.json`` (loss, rate and validation errors of each epoch) and ``record.json`` (test errors under
-    `evaluation.STANDARD`). Raises `KitError` where the folder belongs to another configuration and
-    `TrainingDivergedError` where the loss is no longer finite.
+    One process at a time: a second waits. `folder` holds ``checkpoint.pt`` after every epoch; a finished run leaves
+    ``weights.pt`` (configuration and weights), ``history.json`` (loss, rate and validation errors of each epoch) and
+    ``record.json`` (test errors under `evaluation.STANDARD`). Raises `KitError` where the folder belongs to another
+    configuration or cannot be written, and `TrainingDivergedError` where the loss is no longer finite.
     """
     weights = folder / "weights.pt"
-    device = data.train.labels.device
-    if not weights.exists():
-        state = _train(config, data, folder)
-        made_by = {"kernel": state["kernel"], "threads": torch.get_num_threads(), "versions": evaluation.versions()}
-        start = {"start": state["start"]} if "start" in state else {}
-        history = {"config": asdict(config), **made_by, **start, "epochs": state["history"]}
-        checkpoint.write_json(folder / "history.json", history)
-        classes = len(data.class_names)
-        checkpoint.save(weights, {"config": asdict(config), "num_classes": classes, "model": state["model"]})
-    model = load(folder, config, device)
-    about = {"config": asdict(config)}
-    evaluation.evaluate(model, data, path=folder / "record.json", about=about)
-    for name in (folder / "checkpoint.pt", checkpoint.previous(folder / "checkpoint.pt")):
-        name.unlink(missing_ok=True)
+    if weights.exists() and (folder / "record.json").exists():
+        return _finish(config, data, folder)
+    with checkpoint.only_one(folder):
+        if not weights.exists():
+            state = _train(config, data, folder)
+            made_by = {"kernel": state["kernel"], "threads": torch.get_num_threads(), "versions": evaluation.versions()}
+            start = {"start": state["start"]} if "start" in state else {}
+            history = {"config": asdict(config), **made_by, **start, "epochs": state["history"]}
+            checkpoint.write_json(folder / "history.json", history)
+            classes = len(data.class_names)
+            checkpoint.save(weights, {"config": asdict(config), "num_classes": classes, "model": state["model"]})
+        return _finish(config, data, folder)
+
+
+def _finish(config: Config, data: Dataset, folder: Path) -> nn.Module:
+    """The trained model, with its record of test errors; the working checkpoints are gone."""
+    model = load(folder, config, data.train.labels.device)
+    evaluation.evaluate(model, data, path=folder / "record.json", about={"config": asdict(config)})
+    checkpoint.remove(folder / "checkpoint.pt")
     return model
 
 

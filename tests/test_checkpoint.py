@@ -8,14 +8,17 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from frlkit import KitError, checkpoint
+from frlkit import PROJECT, KitError, checkpoint
 
 CONFIG = {"method": "natural", "lr": 0.001, "seed": 0}
 
@@ -363,3 +366,105 @@ class TestOtherConfiguration:
         checkpoint.save(path, state())
         with pytest.raises(KitError, match="seed is 0 there and None here"):
             checkpoint.resume(path, {"method": "natural", "lr": 0.001})
+
+
+class TestMirror:
+    """Google Drive as a folder whose writes can fail."""
+
+    @pytest.fixture(autouse=True)
+    def forget(self) -> Iterator[None]:
+        yield
+        checkpoint._mirrors.clear()
+        checkpoint._waiting.clear()
+
+    def test_every_file_is_copied_with_its_generation_before(self, tmp_path: Path) -> None:
+        local, remote = tmp_path / "local", tmp_path / "remote"
+        checkpoint.mirror(local, remote)
+        path = local / "run" / "checkpoint.pt"
+        for epoch in (1, 2):
+            checkpoint.save(path, state(epoch), keep_previous=True)
+        checkpoint.write_json(local / "run" / "record.json", {"a": 1})
+        copies = {file.name: file.read_bytes() for file in (remote / "run").iterdir()}
+        assert copies == {file.name: file.read_bytes() for file in (local / "run").iterdir()}
+        assert sorted(copies) == ["checkpoint.previous.pt", "checkpoint.pt", "record.json"]
+        checkpoint.remove(path)
+        assert [file.name for file in (remote / "run").iterdir()] == ["record.json"]
+
+    def test_a_new_session_takes_over_what_is_whole(self, tmp_path: Path) -> None:
+        remote = tmp_path / "remote"
+        for name in ("good.pt", "cut.pt"):
+            checkpoint.save(remote / name, state(3))
+        (remote / "cut.pt").write_bytes((remote / "cut.pt").read_bytes()[:-300])
+        (remote / "empty.json").write_bytes(b"")
+        with pytest.warns(UserWarning, match="was not taken over"):
+            checkpoint.mirror(tmp_path / "local", remote)
+        assert [file.name for file in (tmp_path / "local").iterdir()] == ["good.pt"]
+        assert checkpoint.read(tmp_path / "local" / "good.pt")["epoch"] == 3
+
+    def test_a_lost_mount_is_said_and_made_up_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        local, remote = tmp_path / "local", tmp_path / "remote"
+        checkpoint.mirror(local, remote)
+        copy = shutil.copyfile
+
+        def lost(*_: Any) -> None:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+        monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="not connected.*: 1 files are kept here"):
+            patch.setattr(shutil, "copyfile", lost)
+            checkpoint.write_json(local / "one.json", {})
+        assert (local / "one.json").exists()
+        checkpoint.write_json(local / "two.json", {})
+        assert sorted(file.name for file in remote.iterdir()) == ["one.json", "two.json"]
+        assert shutil.copyfile is copy
+
+    def test_a_copy_that_arrives_damaged_is_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        copy, calls = shutil.copyfile, []
+
+        def cut_the_first(source: Path, target: Path) -> None:
+            copy(source, target)
+            calls.append(target)
+            if len(calls) == 1:
+                Path(target).write_bytes(b"")
+
+        checkpoint.mirror(tmp_path / "local", tmp_path / "remote")
+        monkeypatch.setattr(shutil, "copyfile", cut_the_first)
+        checkpoint.write_json(tmp_path / "local" / "a.json", {"a": 1})
+        assert json.loads((tmp_path / "remote" / "a.json").read_text()) == {"a": 1}
+        assert len(calls) == 2
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from frlkit import checkpoint
+with checkpoint.only_one(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), str(seconds)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with holder(tmp_path, 1.0) as process, checkpoint.only_one(tmp_path):
+        assert process.wait(timeout=10) == 0  # inside only once the other is through
+    assert "another process works on" in capsys.readouterr().out
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with holder(tmp_path, 300) as process:
+        process.kill()
+        process.wait()
+        with checkpoint.only_one(tmp_path):
+            pass
+    assert capsys.readouterr().out == ""

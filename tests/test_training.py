@@ -549,7 +549,7 @@ def test_killed_in_the_middle_of_an_epoch(
         finally:
             process.kill()
         assert process.wait() == -signal.SIGKILL
-    assert sorted(os.listdir(tmp_path / "killed")) == ["checkpoint.pt"]
+    assert sorted(os.listdir(tmp_path / "killed")) == ["checkpoint.pt", "run.lock"]  # a lock that nobody holds
     training.run(config, tiny, tmp_path / "killed")  # as a new process would
     said = capsys.readouterr().out
     assert "epoch 1/3" not in said  # it went on, it did not start again
