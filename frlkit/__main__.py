@@ -85,6 +85,29 @@ def train(
         training.run(config, tensors, training.folder(runs, recipe, config))
 
 
+@main.command()
+@click.option("--dataset", default="fashion_mnist", show_default=True)
+@click.option("--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/.")
+@click.option("--tolerance", default=0.5, show_default=True, help="Percentage points that one class may differ by.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
+    """Attack the weights of every finished run again and compare with its record; print the largest difference.
+
+    Float rounding may flip single images on another processor, hence the tolerance.
+    """
+    from frlkit import data, training
+
+    differences = []
+    for folder, difference in training.verify(runs, data.load(dataset, device=data.pick_device(device))):
+        differences.append(100 * difference)
+        click.echo(f"{differences[-1]:6.2f} points  {folder.parent.name}/{folder.name}")
+    if not differences:
+        raise KitError(f"there are no finished runs of {dataset} under {runs}")
+    click.echo(f"{len(differences)} runs recomputed; largest class-wise difference {max(differences):.2f} points")
+    if not max(differences) <= tolerance:
+        raise KitError(f"a record differs by {max(differences):.2f} points: more than --tolerance {tolerance:g}")
+
+
 @main.command(short_help="Class-wise errors of any LeNet-5's weights.")
 @click.argument("weights", type=click.Path(path_type=Path))
 @click.option("--model", "model_name", default="lenet5", show_default=True)

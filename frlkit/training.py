@@ -352,6 +352,21 @@ def recheck(
     return evaluation.largest_difference(record, evaluation.evaluate(model, tensors))
 
 
+def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
+    """Every finished run of this data set under `runs`, recomputed: its folder, the largest class-wise difference.
+
+    Raises `KitError` where a file is damaged, or its record belongs to other weights.
+    """
+    for path in sorted((runs / tensors.name).glob("*/seed*/record.json")):
+        record, state = evaluation.read_record(path), checkpoint.read(path.with_name("weights.pt"))
+        if record.get("weights_sha256") != checkpoint.digest(state["model"]):
+            raise KitError(f"{path} belongs to other weights than {path.with_name('weights.pt')}: delete it")
+        model = models.build(state["config"]["model"], state["num_classes"]).to(tensors.test.labels.device)
+        model.load_state_dict(state["model"])
+        attacks = [Attack(**entry["attack"]) for entry in record["attacks"]]
+        yield path.parent, evaluation.largest_difference(record, evaluation.evaluate(model, tensors, attacks))
+
+
 def load(folder: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
     state = checkpoint.read(folder / "weights.pt", device)

@@ -244,6 +244,40 @@ class TestTrain:
         assert "Traceback" not in result.stderr
 
 
+class TestVerify:
+    @pytest.fixture
+    def runs(self, tmp_path: Path) -> Path:
+        assert call("train", "natural", "--dataset", "digits", "--epochs", 1, "--runs", tmp_path).exit_code == 0
+        return tmp_path
+
+    def test_a_true_record(self, runs: Path) -> None:
+        result = call("verify", "--dataset", "digits", "--runs", runs)
+        assert result.exit_code == 0, result.output
+        assert "  0.00 points  natural/seed0" in result.stdout
+        assert result.stdout.endswith("1 runs recomputed; largest class-wise difference 0.00 points\n")
+
+    def test_an_altered_record(self, runs: Path) -> None:
+        path = runs / "digits" / "natural" / "seed0" / "record.json"
+        record = json.loads(path.read_text())
+        record["attacks"][1]["robust"][3] -= 0.2
+        path.write_text(json.dumps(record))
+        result = call("verify", "--dataset", "digits", "--runs", runs)
+        assert result.exit_code == 1
+        assert result.stderr == "Error: a record differs by 20.00 points: more than --tolerance 0.5\n"
+
+    def test_other_weights(self, runs: Path) -> None:
+        place = runs / "digits" / "natural" / "seed0"
+        state = checkpoint.read(place / "weights.pt")
+        state["model"]["fc2.bias"][0] += 1
+        checkpoint.save(place / "weights.pt", state)
+        assert "record.json belongs to other weights" in sentence(call("verify", "--dataset", "digits", "--runs", runs))
+
+    def test_no_runs(self, tmp_path: Path) -> None:
+        assert "there are no finished runs of digits" in sentence(
+            call("verify", "--dataset", "digits", "--runs", tmp_path)
+        )
+
+
 class TestAsAProcess:
     def run(self, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
