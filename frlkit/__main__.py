@@ -139,6 +139,7 @@ def evaluate(
     The JSON holds natural, robust and boundary as lists of fractions by class.
     """
     from frlkit import checkpoint, data, evaluation, models, tables
+    from frlkit.doubts import doubts
 
     attack = evaluation.Attack(eps, step_size, steps, restarts, loss, seed)
     chosen = data.pick_device(device)
@@ -149,8 +150,11 @@ def evaluate(
     entry = record.pop("attacks")[0]
     click.echo(f"{weights} on {record['images']} test images of {dataset}, errors in % under {attack}")
     click.echo(tables.error_table(record["class_names"], record["natural"], entry["robust"]).to_string())
+    suspicious = doubts(model, tensors.test)
+    for sentence in suspicious:
+        click.echo(f"doubtful: {sentence}", err=True)
     if out is not None:
-        checkpoint.write_json(out, {**record, **entry, "attack": asdict(attack)})
+        checkpoint.write_json(out, {**record, **entry, "attack": asdict(attack), "doubts": suspicious})
 
 
 if __name__ == "__main__":
