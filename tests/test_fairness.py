@@ -428,6 +428,12 @@ class TestRecipes:
             assert int(after.argmax()) == 0
             assert float(after[0]) > float(after[1])
 
+    def test_dafas_radii_are_its_weights(self) -> None:
+        """In DAFA easy classes give up radius as well as weight: W multiplies both, and averages 1."""
+        weights_nat, _, factors = settings_after("dafa")[0]
+        assert float(factors.min()) < 1
+        close(factors, 3 * weights_nat)
+
     def test_differently_weighted_recipes_give_different_settings(self) -> None:
         """But for radius and attack alone: the controls and constant_margin weigh alike."""
         weighted = [name for name in fairness.RECIPES if name.split("_")[-1] in ("reweight", "remargin", "both")]
