@@ -152,7 +152,7 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     if name not in known:
         raise KitError(f"recipe = {name!r} is unknown: use one of {', '.join(known)}")
     kind = FairConfig if name in fairness.RECIPES else Config
-    types = {field.name: field.type for field in fields(kind)}
+    types = {field.name: field.type for field in fields(kind) if field.name not in ("dataset", "seed")}
     for variation in variations:
         key, _, text = variation.partition("=")
         if key in types:
