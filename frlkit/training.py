@@ -458,6 +458,11 @@ def _next_multipliers(
         generator = stream(config.seed, epoch, ESTIMATE, part)
         index = torch.randperm(len(split), generator=generator)[: config.update_images]
         split = Split(split.images[index.to(split.labels.device)], split.labels[index.to(split.labels.device)])
+        if missed := set(range(classes)) - set(split.labels.tolist()):
+            raise KitError(
+                f"update_images = {config.update_images} is not allowed here: "
+                f"a draw of so many misses class {min(missed)}; use more, or 0 for all"
+            )
     if split is data.validation and attack == evaluation.STANDARD[0] and part == 0:  # measured when the epoch ended
         known = (state["history"][-1] if state["history"] else state["start"])["validation"]
         natural, robust = (torch.tensor(known[kind], dtype=torch.float64) for kind in ("natural", "robust"))
