@@ -262,6 +262,23 @@ class TestFairLoss:
         theirs = training.loss(model, x, y, Config(plain, steps=3, beta=4.0), stream(2))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_batch_of_classes_without_any_weight(self, method: str) -> None:
+        """With bound 1 one class can have it all, and a small batch no image of it."""
+        model, x, y = small()
+        y = y.clamp(max=2)
+        weights = fairness.class_weights(torch.tensor([0.0, 0.0, 0.0, 1.0]).double())
+        assert weights.tolist() == [0, 0, 0, 1]
+        config = FairConfig(**METHODS[method], steps=2)
+        with torch.no_grad():
+            model[3].bias[3] = -100  # nor is it ever predicted
+        found = training.loss(model, x, y, config, stream(7), Setting(weights, weights, torch.ones(4).double()))
+        if config.method == "report_remargin":  # its second term has no weights
+            assert math.isfinite(found.detach())
+            return
+        assert float(found.detach()) == 0
+        assert not any(bool(gradient.any()) for gradient in torch.autograd.grad(found, [*model.parameters()]))
+
     @pytest.mark.parametrize("field", Setting._fields)
     def test_every_part_of_the_setting_counts(self, field: str) -> None:
         model, x, y = small()
