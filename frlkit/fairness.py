@@ -200,7 +200,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **{**_REPORT, "method": "report_remargin", "attacked": 0.5, "alpha_nat": 1.0, "alpha_margin": 10.0},
         **{"subtract_average": False, "unshuffled_labels": True},
     },
-    "dafa": {**_LOOP, "scheme": "dafa"},
+    "dafa": {**_LOOP, "scheme": "dafa", "radius_low": 0.0},
     "one_class": {**_LOOP, "scheme": "one_class"},
 }
 

@@ -152,7 +152,7 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     if name not in known:
         raise KitError(f"recipe = {name!r} is unknown: use one of {', '.join(known)}")
     kind = FairConfig if name in fairness.RECIPES else Config
-    types = {field.name: field.type for field in fields(kind)}
+    types = {field.name: field.type for field in fields(kind) if field.name not in ("dataset", "seed")}
     for variation in variations:
         key, _, text = variation.partition("=")
         if key in types:
@@ -226,29 +226,34 @@ def _fair_loss(
     if config.method == "frl":
         adversarial = pgd(model, x, y, eps, step, config.steps, loss="kl", random_start="gaussian", generator=generator)
         clean, attacked = model(torch.cat([x, adversarial])).chunk(2)
-        natural = F.cross_entropy(clean, y, balance.weights_nat)
+        natural = _weighted_cross_entropy(clean, y, balance.weights_nat)
         return natural + config.beta * _weighted_divergence(attacked, clean, balance.weights_bdy[y])
     share = math.ceil(config.attacked * len(x))
     adversarial = pgd(model, x[:share], y[:share], eps[:share], step[:share], config.steps, generator=generator)
     if config.method == "pgd_at":
-        return F.cross_entropy(model(torch.cat([adversarial, x[share:]])), y, balance.weights_bdy)
+        return _weighted_cross_entropy(model(torch.cat([adversarial, x[share:]])), y, balance.weights_bdy)
     if config.method == "report_remargin":
         order = torch.randperm(len(x), generator=generator, device=x.device)
         shuffled = torch.cat([adversarial, x[share:]])[order]
         labels = y if config.unshuffled_labels else y[order]
         clean, mixed = model(torch.cat([x, shuffled])).chunk(2)
-        return F.cross_entropy(clean, y, balance.weights_nat) + F.cross_entropy(mixed, labels)
+        return _weighted_cross_entropy(clean, y, balance.weights_nat) + F.cross_entropy(mixed, labels)
     clean, attacked = model(torch.cat([x, adversarial])).chunk(2)
-    natural = F.cross_entropy(clean, y, balance.weights_nat)
+    natural = _weighted_cross_entropy(clean, y, balance.weights_nat)
     if config.predicted_targets:
-        return natural + F.cross_entropy(attacked, clean.argmax(1), balance.weights_bdy)
+        return natural + _weighted_cross_entropy(attacked, clean.argmax(1), balance.weights_bdy)
     return natural + _weighted_divergence(attacked, clean, balance.weights_bdy[y])
 
 
+def _weighted_cross_entropy(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy, mean over the batch with weights by class (C,); 0 where no class of the batch has any weight."""
+    return F.cross_entropy(logits, y, weights) if bool(weights[y].any()) else 0 * logits.sum()
+
+
 def _weighted_divergence(attacked: Tensor, clean: Tensor, weights: Tensor) -> Tensor:
-    """KL(p(x) || p(x')), mean over the batch with the given weights (N,)."""
+    """KL(p(x) || p(x')), mean over the batch with the given weights (N,); 0 where all are 0."""
     divergence = F.kl_div(attacked.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
-    return (weights * divergence).sum() / weights.sum()
+    return (weights * divergence).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def train_epoch(
@@ -478,6 +483,11 @@ def _next_multipliers(
         generator = stream(config.seed, epoch, ESTIMATE, part)
         index = torch.randperm(len(split), generator=generator)[: config.update_images]
         split = Split(split.images[index.to(split.labels.device)], split.labels[index.to(split.labels.device)])
+        if missed := set(range(classes)) - set(split.labels.tolist()):
+            raise KitError(
+                f"update_images = {config.update_images} is not allowed here: "
+                f"a draw of so many misses class {min(missed)}; use more, or 0 for all"
+            )
     if split is data.validation and attack == evaluation.STANDARD[0] and part == 0:  # measured when the epoch ended
         known = (state["history"][-1] if state["history"] else state["start"])["validation"]
         natural, robust = (torch.tensor(known[kind], dtype=torch.float64) for kind in ("natural", "robust"))
