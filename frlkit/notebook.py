@@ -27,7 +27,7 @@ class ParameterError(KitError):
 ALL_PARAMETERS = {
     *("DATASET", "RECIPES", "SEEDS", "EPOCHS", "BATCH_SIZE", "DEVICE", "RUNS", "FIGURES", "DRIVE"),
     *("SEED", "SAMPLES", "GD_STEPS"),  # the theory's
-    *("FRL_SEEDS", "FRL_EPOCHS", "ALPHAS", "GRID_SEEDS", "ATTACKED"),  # Fair Robust Learning's
+    *("FRL_SEEDS", "FRL_EPOCHS", "REPORT_SEEDS", "ALPHAS", "GRID_SEEDS", "ATTACKED"),  # Fair Robust Learning's
 }
 
 Rule = Callable[[Any], Any]  # returns the value to use, or raises ValueError with what is allowed
