@@ -182,6 +182,8 @@ def only_one(folder: Path) -> Iterator[None]:
     finally:
         (folder / "run.lock").unlink(missing_ok=True)
         lock.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing was written
 
 
 def write_json(path: Path, value: Any) -> None:
