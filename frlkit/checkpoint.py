@@ -162,17 +162,24 @@ def remove(path: Path) -> None:
                 target.unlink(missing_ok=True)
 
 
+def _locked(folder: Path) -> FileLock:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "run.lock")
+        with contextlib.suppress(FileNotFoundError):  # an empty folder goes with the process that held it: once more
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"another process works on {folder}: waiting for it", flush=True)
+                lock.acquire()
+            return lock
+
+
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a run's folder: a second process says so and waits until the first has finished, or has died."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "run.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process works on {folder}: waiting for it", flush=True)
-            lock.acquire()
+        lock = _locked(folder)
     except OSError as error:
         raise WriteError(
             f"{folder} cannot be written ({error.strerror or error}): choose another folder for the runs"

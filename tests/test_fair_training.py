@@ -635,7 +635,7 @@ class TestMeasuring:
         [
             ("algorithm1_both", 4, {8.0}),  # at the start and after every epoch
             ("official_both", 4 + 3 * 4, {8.0}),  # and before every part but the first
-            ("report_reweight", 4 + 3 * 4, {8.0, 16.0}),  # and at its own radius before every part
+            ("report_reweight,updates=4", 4 + 3 * 4, {8.0, 16.0}),  # and at its own radius before every part
             ("dafa", 5, {8.0}),
             ("uniform,measure_255=12", 4 + 3, {8.0, 12.0}),
         ],
