@@ -55,10 +55,10 @@ def reproduce(dataset: str, output: Path, *, retrain: bool = False, profile: str
     for job in (bar := tqdm(jobs, unit="notebook", disable=not sys.stderr.isatty())):
         bar.set_description(job.name)
         files = [output / f"{job.name}{ending}" for ending in (".ipynb", ".html")]
-        if done.get(job.name) != _fingerprint(job) or not all(file.exists() for file in files):
+        if not (all(file.exists() for file in files) and _up_to_date(job, done.get(job.name, {}))):
             _say(f"running {job.name}")
             _execute(job, *files)
-            done[job.name] = _fingerprint(job)
+            done[job.name] = {"made_by": _made_by(job), "runs": _runs(job)}
             checkpoint.write_json(done_file, done)
         cells = json.loads(files[0].read_text())["cells"]
         tables += [{"notebook": job.name, **table} for table in claims.from_notebook(cells)]
@@ -104,14 +104,34 @@ def _profile(name: str) -> dict[str, Any]:
     return yaml.safe_load(known[name].read_text())
 
 
-def _fingerprint(job: Job) -> str:
-    """A hash of all that a notebook's outputs depend on: source, parameters, the kit, the runs, the data's presence."""
+def _up_to_date(job: Job, done: dict[str, Any]) -> bool:
+    """Whether the job would write again what it wrote when `done` was noted.
+
+    Runs that came later do not count, since a live notebook trains what it lacks: they are another notebook's. Without
+    the data set it draws whatever runs there are, so there they count.
+    """
+    if done.get("made_by") != _made_by(job):
+        return False
+    then, now = done["runs"], _runs(job)
+    return then == ({file: now.get(file) for file in then} if job.live else now)
+
+
+def _made_by(job: Job) -> str:
+    """A hash of a job's source and parameters, the kit, and where the data are."""
     total = hashlib.sha256(json.dumps([job.parameters, job.live, os.environ["FRLKIT_DATA"]]).encode())
-    runs = PROJECT / (job.parameters.get("RUNS") or "checkpoints")
     kit = [*Path(__file__).parent.rglob("*.py"), *Path(__file__).parent.rglob("*.cpp")]
-    for file in (job.source, *sorted(kit), *sorted(runs.rglob("*.json")), *sorted(runs.rglob("weights.pt"))):
+    for file in (job.source, *sorted(kit)):
         total.update(str(file).encode() + file.read_bytes())
     return total.hexdigest()
+
+
+def _runs(job: Job) -> dict[str, str]:
+    """The hash of every record and weights file among the runs of the job's data set; none where it has no data set."""
+    if "DATASET" not in job.parameters:
+        return {}
+    folder = PROJECT / (job.parameters.get("RUNS") or "checkpoints") / job.parameters["DATASET"]
+    files = sorted([*folder.rglob("*.json"), *folder.rglob("weights.pt")])
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 class _Progress(io.TextIOBase):
