@@ -139,6 +139,7 @@ class TestDisplay:
         from traitlets.config import Config
 
         monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+        monkeypatch.delenv("VIRTUAL_ENV", raising=False)  # IPython warns where another one than its own is active
         shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
         shown: list[list[str]] = []
         shell._showtraceback = lambda kind, value, lines: shown.append(lines)  # type: ignore[method-assign]
