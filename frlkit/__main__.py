@@ -74,15 +74,21 @@ def train(
     RECIPE is natural, pgd_at_half, pgd_at, trades, or a retraining recipe of frlkit.fairness (uniform,
     algorithm1_both, official_reweight, ...), which goes on from the same seed's pgd_at, trained first where it is
     missing. Fields may be varied: "algorithm1_both,alpha_margin=1". The notebooks read the same folders:
-    RUNS/DATASET/RECIPE/seedN.
+    RUNS/DATASET/RECIPE/seedN. On several GPUs: torchrun --nproc_per_node N -m frlkit train ...
     """
-    from frlkit import data, training
+    from frlkit import data, distributed, training
 
     values = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
     configs = [training.configure(recipe, dataset, seed, **values) for seed in seeds]
-    tensors = data.load(dataset, device=data.pick_device(device))
-    for config in configs:
-        training.run(config, tensors, training.folder(runs, recipe, config))
+    place = distributed.start(data.pick_device(device))
+    try:
+        if distributed.shared():
+            distributed.from_main(lambda: bool(data.load(dataset)))  # one process downloads
+        tensors = data.load(dataset, device=place)
+        for config in configs:
+            training.run(config, tensors, training.folder(runs, recipe, config))
+    finally:
+        distributed.stop()
 
 
 @main.command()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit import KitError, kernels
+from frlkit.distributed import share_out
 
 LOSSES = ("ce", "kl", "margin")
 
@@ -68,7 +70,8 @@ def pgd(
         best = best_score = None
         for _ in range(restarts):
             adversarial = _start(x, eps, random_start, generator).clamp(low, high)
-            adversarial = _ascend(model, x, adversarial, targets, eps, step_size, steps, loss, (low, high))
+            parts = (x, adversarial, targets, eps, step_size, low, high)
+            adversarial = share_out(partial(_ascend, model, parts, steps, loss), x)
             if restarts == 1:
                 return adversarial
             score = objective(_logits(model, adversarial), targets, "margin" if loss == "ce" else loss)
@@ -91,18 +94,12 @@ def objective(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
     return others.amax(1) - own.squeeze(1)
 
 
-def _ascend(
-    model: nn.Module,
-    x: Tensor,
-    adversarial: Tensor,
-    targets: Tensor,
-    eps: Tensor,
-    step_size: Tensor,
-    steps: int,
-    loss: str,
-    ball: tuple[Tensor, Tensor],
-) -> Tensor:
-    """The steps from a given start, through a fast path where one serves this model."""
+def _ascend(model: nn.Module, parts: tuple[Tensor, ...], steps: int, loss: str, rows: slice) -> Tensor:
+    """The steps from a given start, for some rows of the batch, through a fast path where one serves this model.
+
+    `parts`: x, the start, targets, eps, step_size, and the bounds of the ball within [0, 1].
+    """
+    x, adversarial, targets, eps, step_size, low, high = (part[rows] for part in parts)
     if path := kernels.fast(model):
         return path.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
     for _ in range(steps):
@@ -110,7 +107,7 @@ def _ascend(
         with torch.enable_grad():
             total = objective(model(adversarial), targets, loss).sum()
         (gradient,) = torch.autograd.grad(total, adversarial)
-        adversarial = torch.addcmul(adversarial.detach(), step_size, gradient.sign()).clamp_(*ball)
+        adversarial = torch.addcmul(adversarial.detach(), step_size, gradient.sign()).clamp_(low, high)
     return adversarial
 
 

@@ -1,7 +1,8 @@
 """Data sets as resident tensors: a whole split is one uint8 tensor on the device, floats in [0, 1] appear at the batch.
 
-To add a data set, write its reader and name it in `READERS`. No normalisation, no augmentation, no worker processes.
-The validation split is drawn from the training set here, before any training, so no model has seen it.
+To add a data set, write its reader and name it in `READERS`; anyone's own images need none: ``folder:PATH``. No
+normalisation, no worker processes; augmentation is the training's (`augmented`). The validation split is drawn from the
+training set here, before any training, so no model has seen it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from frlkit import PROJECT, KitError, checkpoint
+from frlkit.models import SIZE
 
-SIZE = 32  # LeNet-5's input side in pixels
+FOLDER = "folder:"
+PADDING = 4  # pixels, of the random crop
+IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -34,6 +40,8 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PARTS = ("train", "test")  # of a folder of images
 
 
 class DataUnavailableError(KitError):
@@ -89,7 +97,7 @@ def load(name: str, *, device: str | torch.device = "cpu", validation: float = 0
 
     Parameters
     ----------
-    name : one of `READERS`
+    name : one of `READERS`, or ``folder:PATH`` with ``train/<class>/*`` and ``test/<class>/*`` there (see `_folder`)
     device : where the tensors live
     validation : share of the training images set aside, stratified by class, before any training
     split_seed : the seed of that draw, independent of any run's seed
@@ -101,15 +109,47 @@ def load(name: str, *, device: str | torch.device = "cpu", validation: float = 0
     KitError
         Unknown name, or files that are damaged.
     """
-    if name not in READERS:
-        raise KitError(f"dataset = {name!r} is unknown: use one of {', '.join(READERS)}")
+    check_name(name)
     if not 0 < validation < 1:
         raise KitError(f"validation = {validation!r}: use a share of the training images between 0 and 1, such as 0.1")
-    class_names, train, test = READERS[name]()
+    class_names, train, test = _folder(name.removeprefix(FOLDER)) if name.startswith(FOLDER) else READERS[name]()
     keep, held = stratified_split(train.labels, validation, split_seed)
     splits = (Split(train.images[keep], train.labels[keep]), Split(train.images[held], train.labels[held]), test)
     on_device = [Split(split.images.to(device), split.labels.to(device)) for split in splits]
     return Dataset(name, class_names, *on_device)
+
+
+def check_name(name: str) -> None:
+    """Refuse a data set that is neither in `READERS` nor ``folder:PATH``."""
+    if name not in READERS and not name.startswith(FOLDER):
+        raise KitError(f"dataset = {name!r} is unknown: use one of {', '.join(READERS)}, or {FOLDER}PATH")
+    if name.removeprefix(FOLDER) == "":
+        raise KitError(f"dataset = {name!r} names no folder: use {FOLDER}PATH, with train/<class>/* and test/<class>/*")
+
+
+def folder_name(name: str) -> str:
+    """A data set's name as part of a path: ``folder:my/images`` becomes ``folder-my-images``."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """Randomly shifted, and for "crop_flip" mirrored, copies of a batch (N, channels, side, side), on its device.
+
+    "crop" pads by 4 black pixels and cuts a window of the old size anywhere, one draw per image, as torchvision's
+    ``RandomCrop(side, padding=4)``; "crop_flip" mirrors every image with probability one half as well.
+    """
+    count, _, side, _ = images.shape
+    device = images.device
+    corner = torch.randint(2 * PADDING + 1, (2, count), generator=generator, device=device)
+    window = torch.arange(side, device=device)
+    rows, columns = corner[0, :, None] + window, corner[1, :, None] + window  # (N, side)
+    if kind == "crop_flip":
+        mirrored = torch.rand(count, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, (PADDING,) * 4)
+    sample = torch.arange(count, device=device)[:, None, None]
+    # The channels are last after indexing with (N, side, side) around a slice.
+    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -168,10 +208,135 @@ def _digits() -> tuple[tuple[str, ...], Split, Split]:
     return names, Split(images[train], labels[train]), Split(images[test], labels[test])
 
 
+def _torchvision(name: str, splits: Sequence[dict[str, Any]], read: Callable[[Any], Split]) -> tuple[Split, Split]:
+    """Training and test split of one of torchvision's data sets, downloaded where it is missing.
+
+    torchvision checks what is in the folder against its checksums first: an archive that lies there already is unpacked
+    instead of downloaded.
+    """
+    import torchvision
+
+    kind, folder = getattr(torchvision.datasets, name), root()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            parts = [kind(str(folder), download=True, **split) for split in splits]
+    except Exception as error:  # no network, no disk, a mirror's nonsense: whatever it is, there are no data
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise DataUnavailableError(
+            f"{name} is not complete in {folder} and cannot be downloaded ({reason}): "
+            f"put its archive there, or set FRLKIT_DATA to a folder that has it"
+        ) from None
+    try:
+        train, test = map(read, parts)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise KitError(f"{name} in {folder} is damaged ({reason}): delete it there") from None
+    return train, test
+
+
+def _cifar10() -> tuple[tuple[str, ...], Split, Split]:
+    """CIFAR-10: 50,000 + 10,000 colour images of 32x32 pixels."""
+    splits = ({"train": True}, {"train": False})
+    return CIFAR_CLASSES, *_torchvision("CIFAR10", splits, lambda part: _split(part.data, part.targets))
+
+
+def _svhn() -> tuple[tuple[str, ...], Split, Split]:
+    """SVHN, cropped digits: 73,257 + 26,032 colour images of 32x32 pixels, unbalanced."""
+
+    def read(part: Any) -> Split:
+        return _split(part.data.transpose(0, 2, 3, 1), part.labels)
+
+    return tuple("0123456789"), *_torchvision("SVHN", ({"split": "train"}, {"split": "test"}), read)
+
+
+def _gtsrb() -> tuple[tuple[str, ...], Split, Split]:
+    """GTSRB: 26,640 + 12,630 traffic signs of 43 classes, unbalanced, of any size, resized to 32x32."""
+
+    def read(part: Any) -> Split:
+        files, labels = zip(*part._samples, strict=True)  # torchvision keeps no tensor of them
+        if len(set(labels)) != 43:
+            raise ValueError(f"{len(set(labels))} of 43 classes have images")
+        return Split(_cached_files([Path(file) for file in files]), torch.tensor(labels))
+
+    classes = tuple(str(number) for number in range(43))
+    return classes, *_torchvision("GTSRB", ({"split": "train"}, {"split": "test"}), read)
+
+
+def _gtsrb17() -> tuple[tuple[str, ...], Split, Split]:
+    """The paper's subset of GTSRB: the 17 classes with the most training images, most first, numbered anew."""
+    names, train, test = _gtsrb()
+    kept = torch.bincount(train.labels, minlength=len(names)).argsort(descending=True, stable=True)[:17]
+    number = torch.full((len(names),), -1)
+    number[kept] = torch.arange(len(kept))
+    parts = []
+    for split in (train, test):
+        chosen = number[split.labels] >= 0
+        parts.append(Split(split.images[chosen], number[split.labels[chosen]]))
+    return tuple(names[index] for index in kept), *parts
+
+
+def _folder(place: str) -> tuple[tuple[str, ...], Split, Split]:
+    """Anyone's images: ``train/<class>/*`` and ``test/<class>/*`` under a path, resized to 32x32 colour.
+
+    A relative path is one in the data folder (`root`), so that a run's name does not depend on the machine. The classes
+    are the folders' names, sorted; training and test have to have the same.
+    """
+    folder = root() / Path(place).expanduser()
+    if not folder.is_dir():
+        raise DataUnavailableError(f"dataset = '{FOLDER}{place}': there is no folder {folder}")
+    classes = {part: sorted(path.name for path in folder.glob(f"{part}/*") if path.is_dir()) for part in PARTS}
+    if len(classes["train"]) < 2 or classes["train"] != classes["test"]:
+        raise KitError(
+            f"{folder} has {len(classes['train'])} classes under train/ and {len(classes['test'])} under test/: "
+            "use the same two or more folders of images in both"
+        )
+    splits = []
+    for part in PARTS:
+        files, labels = [], []
+        for label, name in enumerate(classes[part]):
+            found = sorted(path for path in (folder / part / name).iterdir() if path.suffix.lower() in IMAGES)
+            if not found:
+                raise KitError(f"{folder / part / name} has no image: use files that end in {', '.join(IMAGES)}")
+            files += found
+            labels += [label] * len(found)
+        splits.append(Split(_cached_files(files), torch.tensor(labels)))
+    return tuple(classes["train"]), *splits
+
+
 READERS: dict[str, Callable[[], tuple[tuple[str, ...], Split, Split]]] = {
     "fashion_mnist": _fashion_mnist,
     "digits": _digits,
+    "cifar10": _cifar10,
+    "svhn": _svhn,
+    "gtsrb": _gtsrb,
+    "gtsrb17": _gtsrb17,
 }
+
+
+def _split(images: np.ndarray, labels: Sequence[int]) -> Split:
+    """From (N, height, width, 3) pixels and labels."""
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
+
+
+def _read_image(file: Path) -> np.ndarray:
+    """An image file as (32, 32, 3) pixels; its aspect is not kept, as with torchvision's ``Resize((32, 32))``."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    except Exception as error:  # Pillow raises many kinds
+        raise KitError(f"the image {file} cannot be read ({error}): repair or delete it") from None
+
+
+def _cached_files(files: Sequence[Path]) -> Tensor:
+    """(N, 3, 32, 32) uint8 of image files, read once per machine: kept under their names, sizes and times."""
+    listing = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+    def read() -> Tensor:
+        return torch.from_numpy(np.stack([_read_image(file) for file in files])).permute(0, 3, 1, 2).contiguous()
+
+    return _cached(hashlib.sha256(repr(listing).encode()), (len(files), 3, SIZE, SIZE), read)
 
 
 def resize(pixels: Tensor) -> Tensor:
@@ -187,14 +352,19 @@ def resize(pixels: Tensor) -> Tensor:
 
 def _cached_resize(pixels: Tensor) -> Tensor:
     """`resize`, done once per machine: kept under a name made from the pixels, so it can never be the wrong one."""
+    key = hashlib.sha256(pixels.numpy().tobytes())
+    return _cached(key, (len(pixels), 1, SIZE, SIZE), lambda: resize(pixels))
+
+
+def _cached(key: Any, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
+    """Images of a shape, uint8, kept in the user's cache under a hash, or made."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit"
-    path = folder / f"resized-{hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]}.npy"
-    shape = (len(pixels), 1, SIZE, SIZE)
+    path = folder / f"resized-{key.hexdigest()[:16]}.npy"
     with contextlib.suppress(Exception):  # absent, or damaged in whatever way: made again
         cached = np.load(path, allow_pickle=False)
         if cached.shape == shape and cached.dtype == np.uint8:
             return torch.from_numpy(cached)
-    images = resize(pixels)
+    images = make()
     try:
         buffer = io.BytesIO()
         np.save(buffer, images.numpy())

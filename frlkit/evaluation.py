@@ -6,12 +6,14 @@ A sample counts as boundary error when it is right clean and wrong attacked, so 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from frlkit import KitError, __version__, checkpoint, kernels
 from frlkit.attacks import LOSSES, evaluating, pgd
 from frlkit.data import Dataset, Split
 
+T = TypeVar("T")
 BATCH = 1000  # images attacked at a time; a sample's random start depends on it
 
 
@@ -56,6 +59,11 @@ class Attack:
 STANDARD = (Attack(eps_255=8.0), Attack(eps_255=16.0))
 
 
+def standard(dataset: str) -> tuple[Attack, ...]:
+    """`STANDARD`, and for GTSRB the paper's radius there, 12/255."""
+    return (*STANDARD, Attack(eps_255=12.0)) if dataset.startswith("gtsrb") else STANDARD
+
+
 @dataclass(frozen=True)
 class ClassErrors:
     """Class-wise errors as fractions, each (C,): natural, robust, and the test images of each class."""
@@ -79,6 +87,31 @@ def stream(*keys: int, device: str | torch.device = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed % 2**63)
 
 
+@contextlib.contextmanager
+def number_format(precision: str, device: torch.device) -> Iterator[None]:
+    """The numbers that a network computes with inside: float32, or on a GPU TensorFloat-32 ("tf32"), or "bf16".
+
+    PyTorch lets convolutions use TensorFloat-32 unless told otherwise, so float32 has to be asked for too. On a CPU
+    "tf32" is float32.
+    """
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    if device.type != "cuda":
+        yield
+        return
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted classes (N,) of float images, in eval mode; the mode is restored."""
@@ -86,6 +119,18 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
         return model(images).argmax(1)
 
 
+def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:
+    """Errors are measured in float32, whatever the model was trained with."""
+
+    @functools.wraps(measure)
+    def measured(model: nn.Module, split: Split, attack: Attack) -> T:
+        with number_format("float32", split.labels.device):
+            return measure(model, split, attack)
+
+    return measured
+
+
+@_in_float32
 def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     """Evaluate a whole split in batches, clean and under `attack`.
 
@@ -116,6 +161,7 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     return tally(labels, torch.cat(clean).cpu().numpy(), torch.cat(attacked).cpu().numpy())
 
 
+@_in_float32
 @torch.no_grad()
 def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     """Mean probability of each class over the attacked images of each class, (C, C) float64: true by predicted."""
@@ -167,7 +213,7 @@ def versions() -> dict[str, str]:
 def evaluate(
     model: nn.Module,
     data: Dataset,
-    attacks: Iterable[Attack] = STANDARD,
+    attacks: Iterable[Attack] | None = None,
     *,
     path: Path | None = None,
     about: dict[str, Any] | None = None,
@@ -176,7 +222,8 @@ def evaluate(
 
     A record has the data set, the weights' hash, versions, ``natural`` and, in ``attacks``, one entry per attack with
     ``robust``, ``boundary`` and ``confusion``. With `path`, a record there of the same weights and data is reused, only
-    missing attacks are computed, and the result is written back. `about` is stored beside it.
+    missing attacks are computed, and the result is written back. `about` is stored beside it. The attacks are those of
+    `standard` unless given.
     """
     if missing := set(range(len(data.class_names))) - set(data.test.labels.unique().tolist()):
         raise KitError(f"class {min(missing)} has no image in the test split: its error is undefined")
@@ -194,7 +241,7 @@ def evaluate(
         if all(found.get(key) == record[key] for key in record if key != "attacks"):
             record = found
     done = [Attack(**entry["attack"]) for entry in record["attacks"]]
-    for attack in attacks:
+    for attack in standard(data.name) if attacks is None else attacks:
         if attack in done:
             continue
         errors = class_errors(model, data.test, attack)

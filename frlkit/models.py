@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit import KitError, checkpoint, kernels
+
+SIZE = 32  # every network's input side in pixels
+RESNET_WIDTHS = (64, 64, 128, 256, 512)
 
 
 class LeNet5(nn.Module):
@@ -23,8 +27,6 @@ class LeNet5(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-            raise KitError(f"num_classes = {num_classes!r}: a network needs a whole number of classes, 2 or more")
         self.conv1 = nn.Conv2d(1, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.conv3 = nn.Conv2d(16, 120, 5)
@@ -43,6 +45,104 @@ class LeNet5(nn.Module):
         return self.fc2(self.fc1(x).tanh())
 
 
+class ConvNet(nn.Module):
+    """The plain CNNs of the paper's GTSRB experiments: 3x3 convolutions with ReLU and 2x2 max pooling, then one linear.
+
+    The paper gives the number of convolutions, 3 or 4, and no widths; here they double from 32. Images are
+    (N, 3, 32, 32). 113,738 parameters for three convolutions and ten classes, 398,666 for four.
+    """
+
+    image_shape = (3, 32, 32)
+
+    def __init__(self, num_classes: int, depth: int) -> None:
+        super().__init__()
+        widths = [self.image_shape[0], *(32 * 2**number for number in range(depth))]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(widths, widths[1:], strict=False)
+        )
+        self.linear = nn.Linear(widths[-1] * (SIZE >> depth) ** 2, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, self.image_shape)
+        for convolution in self.convolutions:
+            images = F.max_pool2d(convolution(images).relu(), 2)
+        return self.linear(images.flatten(1))
+
+
+class _BasicBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN, plus the input, ReLU (He et al., 2016a)."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _convolution(before, after, stride), nn.BatchNorm2d(after)
+        self.conv2, self.bn2 = _convolution(after, after), nn.BatchNorm2d(after)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.shortcut(x)).relu()
+
+
+class _PreActivationBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-conv, plus the input (He et al., 2016b); a new shape is projected after the first ReLU."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(before), _convolution(before, after, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(after), _convolution(after, after)
+        self.shortcut = None
+        if stride > 1 or before != after:
+            self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(x).relu()
+        identity = x if self.shortcut is None else self.shortcut(y)
+        return self.conv2(self.bn2(self.conv1(y)).relu()) + identity
+
+
+class ResNet(nn.Module):
+    """Residual networks for 32x32 images: a 3x3 convolution, groups of blocks that halve the side, mean, linear.
+
+    `widths` has the first convolution's width and then each group's, `blocks` the number of blocks in each group. Runs
+    in eval mode under attack and when evaluated: batch normalisation then uses its running statistics, and only clean
+    and attacked *training* batches, in train mode, move them.
+    """
+
+    image_shape = (3, 32, 32)
+
+    def __init__(
+        self, num_classes: int, block: type[nn.Module], blocks: Sequence[int], widths: Sequence[int] = RESNET_WIDTHS
+    ) -> None:
+        super().__init__()
+        self.stem = _convolution(self.image_shape[0], widths[0])
+        preactivation = block is _PreActivationBlock
+        self.stem_bn = nn.Identity() if preactivation else nn.BatchNorm2d(widths[0])
+        layers, before = [], widths[0]
+        for group, (count, after) in enumerate(zip(blocks, widths[1:], strict=True)):
+            for number in range(count):
+                layers.append(block(before, after, stride=2 if group and not number else 1))
+                before = after
+        self.blocks = nn.Sequential(*layers)
+        self.last_bn = nn.BatchNorm2d(before) if preactivation else nn.Identity()
+        self.linear = nn.Linear(before, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, self.image_shape)
+        x = self.stem(images)
+        if not isinstance(self.stem_bn, nn.Identity):
+            x = self.stem_bn(x).relu()
+        x = self.blocks(x)
+        if not isinstance(self.last_bn, nn.Identity):
+            x = self.last_bn(x).relu()
+        return self.linear(x.mean((2, 3)))
+
+
+def _convolution(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+
+
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
     """Refuse a batch that is not (N, *shape) floating point, saying what came instead."""
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not images.is_floating_point():
@@ -52,7 +152,16 @@ def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-MODELS = {"lenet5": LeNet5}
+#: Networks by name, as functions of the number of classes. All but LeNet-5 take colour images.
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "lenet5": LeNet5,
+    "cnn3": partial(ConvNet, depth=3),
+    "cnn4": partial(ConvNet, depth=4),
+    "preact_resnet18": partial(ResNet, block=_PreActivationBlock, blocks=(2, 2, 2, 2)),
+    "resnet18": partial(ResNet, block=_BasicBlock, blocks=(2, 2, 2, 2)),
+    "resnet34": partial(ResNet, block=_BasicBlock, blocks=(3, 4, 6, 3)),
+    "wrn_28_10": partial(ResNet, block=_PreActivationBlock, blocks=(4, 4, 4), widths=(16, 160, 320, 640)),
+}
 
 
 def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Module:
@@ -62,6 +171,8 @@ def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Modul
     """
     if name not in MODELS:
         raise KitError(f"model = {name!r} is unknown: use one of {', '.join(MODELS)}")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise KitError(f"num_classes = {num_classes!r}: a network needs a whole number of classes, 2 or more")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

@@ -6,6 +6,7 @@ run bit for bit on CPU (same torch, same number of threads, same kernel).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -15,18 +16,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from frlkit import KitError, checkpoint, evaluation, fairness, kernels, models
+from frlkit import KitError, checkpoint, distributed, evaluation, fairness, kernels, models
 from frlkit.attacks import pgd
-from frlkit.data import READERS, Dataset, Split
+from frlkit.data import Dataset, Split, augmented, check_name, folder_name
 from frlkit.evaluation import Attack, stream
 
-# The purposes of an epoch's random streams: order of the images, starts of the attacks, images to estimate errors on.
-ORDER, START, ESTIMATE = 0, 1, 2
+# The purposes of an epoch's random streams: order of the images, starts of the attacks, images to estimate errors on,
+# shifts and mirrorings.
+ORDER, START, ESTIMATE, AUGMENT = 0, 1, 2, 3
 
 
 class TrainingDivergedError(KitError):
@@ -56,6 +59,9 @@ class Config:
     steps: int = 10
     attacked: float = 1.0  # pgd_at: share of each batch that is replaced by its adversarial images
     beta: float = 6.0  # trades: weight of the KL term
+    schedule: str = "step"  # or "cyclic": the rate rises to lr in the first two fifths of the run and falls to 0
+    augment: str = "none"  # or "crop", "crop_flip": of the training images (see `data.augmented`)
+    precision: str = "float32"  # or "tf32", "bf16": of the network's products on a GPU, in training and its attacks
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +69,9 @@ class Config:
             right = type(value) in (int, float) if kind == "float" else type(value).__name__ == kind
             if not right:
                 raise KitError(f"{field.name} = {value!r} is not allowed: use a {kind}")
+            if field.name == "dataset":
+                check_name(value)
+                continue
             low, high, allowed = (0, 1, self.METHODS) if field.name == "method" else RANGES[field.name]
             if allowed and value not in allowed:
                 raise KitError(f"{field.name} = {value!r} is unknown: use one of {', '.join(allowed)}")
@@ -89,9 +98,11 @@ class FairConfig(fairness.Rule, Config):
 
 _POSITIVE = sys.float_info.min
 RANGES: dict[str, tuple[float, float, tuple[str, ...]]] = {
-    "dataset": (0, 0, tuple(READERS)),
     "model": (0, 0, tuple(models.MODELS)),
     "optimizer": (0, 0, ("adam", "sgd")),
+    "schedule": (0, 0, ("step", "cyclic")),
+    "augment": (0, 0, ("none", "crop", "crop_flip")),
+    "precision": (0, 0, ("float32", "tf32", "bf16")),
     "seed": (0, 2**31, ()),
     "epochs": (1, 10**5, ()),
     "batch_size": (1, 10**6, ()),
@@ -141,6 +152,34 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+_COLOUR = {"model": "preact_resnet18", "optimizer": "sgd", "weight_decay": 5e-4}
+_SIGNS = {**_COLOUR, "eps_255": 12.0, "step_255": 3.0}
+#: What a data set asks for, beneath a recipe's own fields: from nothing, and when a finished run is retrained.
+#:
+#: The colour data sets have the paper's scale: SGD, momentum 0.9, weight decay 5e-4, ten inner steps; epochs and batch
+#: size are in ``notebooks/profiles/paper_*.yaml``. Rates are divided by 10 after every 40 epochs; retraining begins at
+#: 0.001, as in the authors' code. 8/255, for GTSRB 12/255. Anyone's images (``folder:``) get the three-layer CNN.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cifar10": (
+        {**_COLOUR, "lr": 0.1, "lr_divide": 10.0, "lr_every": 40, "augment": "crop_flip"},
+        {**_COLOUR, "lr": 1e-3, "lr_divide": 10.0, "lr_every": 40, "augment": "crop_flip"},
+    ),
+    "svhn": (
+        {**_COLOUR, "lr": 0.01, "lr_divide": 10.0, "lr_every": 40},
+        {**_COLOUR, "lr": 1e-3, "lr_divide": 10.0, "lr_every": 40},
+    ),
+    "gtsrb": (
+        {**_SIGNS, "model": "cnn3", "lr": 0.01, "lr_divide": 10.0, "lr_every": 40},
+        {**_SIGNS, "model": "cnn3", "lr": 1e-3, "lr_divide": 10.0, "lr_every": 40, "measure_255": 12.0},
+    ),
+    "gtsrb17": (
+        {**_SIGNS, "model": "cnn4", "lr": 0.01, "lr_divide": 10.0, "lr_every": 40},
+        {**_SIGNS, "model": "cnn4", "lr": 1e-3, "lr_divide": 10.0, "lr_every": 40, "measure_255": 12.0},
+    ),
+    "folder": ({"model": "cnn3"}, {"model": "cnn3"}),
+}
+
+
 def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     """The configuration of a named recipe, or of a variation such as ``"uniform,beta=6,steps=20"``.
 
@@ -161,7 +200,19 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
             values[key] = text
     if unknown := set(values) - set(types):
         raise KitError(f"{min(unknown)!r} is no field of a run of {name}: use {', '.join(types)}")
-    return kind(dataset=dataset, seed=seed, **{**known[name], **values})
+    asked = SETTINGS.get(dataset.partition(":")[0], ({}, {}))[kind is FairConfig]
+    return kind(dataset=dataset, seed=seed, **{**asked, **known[name], **values})
+
+
+#: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
+LATER = ("schedule", "augment", "precision")
+
+
+def described(config: Config) -> dict[str, Any]:
+    """A configuration as a run's files keep it."""
+    defaults = {field.name: field.default for field in fields(config)}
+    values = asdict(config)
+    return {name: values[name] for name in values if name not in LATER or values[name] != defaults[name]}
 
 
 def _value(name: str, text: str, kind: str) -> Any:
@@ -177,8 +228,8 @@ def _value(name: str, text: str, kind: str) -> Any:
 
 
 def folder(runs: Path, recipe: str, config: Config) -> Path:
-    """Where a run lives: RUNS/DATASET/RECIPE/seedN."""
-    return runs / config.dataset / recipe / f"seed{config.seed}"
+    """Where a run lives: RUNS/DATASET/RECIPE/seedN, ``folder:PATH`` written as `data.folder_name` does."""
+    return runs / folder_name(config.dataset) / recipe / f"seed{config.seed}"
 
 
 def loss(
@@ -274,9 +325,16 @@ def train_epoch(
     order = torch.randperm(len(split), generator=stream(config.seed, epoch, ORDER)).to(device)
     batches = order.split(config.batch_size)
     first, last = (len(batches) * (part[0] + k) // part[1] for k in (0, 1))
+    shifts = stream(config.seed, epoch, AUGMENT, part[0], device=device)
     model.train()
     for number, index in enumerate(batches[first:last], start=first):
-        batch_loss = loss(model, *split.batch(index), config, starts, balance)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, epoch + number / len(batches))
+        x, y = split.batch(index)
+        if config.augment != "none":
+            x = augmented(x, config.augment, shifts)
+        with evaluation.number_format(config.precision, device):
+            batch_loss = loss(model, x, y, config, starts, balance)
         value = batch_loss.item()
         if not math.isfinite(value):
             raise TrainingDivergedError(
@@ -285,13 +343,17 @@ def train_epoch(
             )
         optimizer.zero_grad(set_to_none=True)
         batch_loss.backward()
+        distributed.average_gradients(model)
         optimizer.step()
         yield len(index), value
 
 
-def learning_rate(config: Config, epoch: int) -> float:
-    """Step decay: lr / lr_divide^(epoch // lr_every), epochs counted from 0."""
-    return config.lr / config.lr_divide ** (epoch // config.lr_every)
+def learning_rate(config: Config, epoch: float) -> float:
+    """The rate after so many epochs, whole or not: lr / lr_divide^floor(epoch / lr_every), or the cyclic triangle."""
+    if config.schedule == "cyclic":
+        done = epoch / config.epochs
+        return config.lr * float(np.interp(done, [0, 0.4, 1], [0, 1, 0]))
+    return config.lr / config.lr_divide ** (int(epoch) // config.lr_every)
 
 
 def run(config: Config, data: Dataset, folder: Path) -> nn.Module:
@@ -303,26 +365,34 @@ def run(config: Config, data: Dataset, folder: Path) -> nn.Module:
     configuration or cannot be written, and `TrainingDivergedError` where the loss is no longer finite.
     """
     weights = folder / "weights.pt"
-    if weights.exists() and (folder / "record.json").exists():
+
+    def finished() -> bool:
+        return weights.exists() and (folder / "record.json").exists()
+
+    if distributed.from_main(finished):
         return _finish(config, data, folder)
-    with checkpoint.only_one(folder):
-        if not weights.exists():
+    with checkpoint.only_one(folder) if distributed.is_main() else contextlib.nullcontext():
+        if not distributed.from_main(weights.exists):
             state = _train(config, data, folder)
             made_by = {"kernel": state["kernel"], "threads": torch.get_num_threads(), "versions": evaluation.versions()}
             start = {"start": state["start"]} if "start" in state else {}
-            history = {"config": asdict(config), **made_by, **start, "epochs": state["history"]}
-            checkpoint.write_json(folder / "history.json", history)
+            history = {"config": described(config), **made_by, **start, "epochs": state["history"]}
             classes = len(data.class_names)
-            checkpoint.save(weights, {"config": asdict(config), "num_classes": classes, "model": state["model"]})
+            if distributed.is_main():
+                checkpoint.write_json(folder / "history.json", history)
+                kept = {"config": described(config), "num_classes": classes, "model": state["model"]}
+                checkpoint.save(weights, kept)
         return _finish(config, data, folder)
 
 
 def _finish(config: Config, data: Dataset, folder: Path) -> nn.Module:
     """The trained model, with its record of test errors; the working checkpoints are gone."""
-    model = load(folder, config, data.train.labels.device)
-    evaluation.evaluate(model, data, path=folder / "record.json", about={"config": asdict(config)})
-    checkpoint.remove(folder / "checkpoint.pt")
-    return model
+    with distributed.main_alone() as main:
+        if main:
+            model = load(folder, config, data.train.labels.device)
+            evaluation.evaluate(model, data, path=folder / "record.json", about={"config": described(config)})
+            checkpoint.remove(folder / "checkpoint.pt")
+    return model if main else load(folder, config, data.train.labels.device)
 
 
 def study(
@@ -343,7 +413,7 @@ def study(
                 run(config, tensors, place)
             for name, kept in (("record.json", records), ("history.json", histories)):
                 kept[recipe].append(evaluation.read_record(place / name))
-                checkpoint.refuse_other(place / name, kept[recipe][-1].get("config", {}), asdict(config))
+                checkpoint.refuse_other(place / name, kept[recipe][-1].get("config", {}), described(config))
     return records, histories
 
 
@@ -362,7 +432,7 @@ def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
 
     Raises `KitError` where a file is damaged, or its record belongs to other weights.
     """
-    for path in sorted((runs / tensors.name).glob("*/seed*/record.json")):
+    for path in sorted((runs / folder_name(tensors.name)).glob("*/seed*/record.json")):
         record, state = evaluation.read_record(path), checkpoint.read(path.with_name("weights.pt"))
         if record.get("weights_sha256") != checkpoint.digest(state["model"]):
             raise KitError(f"{path} belongs to other weights than {path.with_name('weights.pt')}: delete it")
@@ -375,7 +445,7 @@ def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
 def load(folder: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
     state = checkpoint.read(folder / "weights.pt", device)
-    checkpoint.refuse_other(folder, state["config"], asdict(config))
+    checkpoint.refuse_other(folder, state["config"], described(config))
     model = models.build(config.model, state["num_classes"], seed=config.seed).to(device)
     model.load_state_dict(state["model"])
     return model
@@ -385,10 +455,10 @@ def _train(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
     """Epochs from the newest checkpoint to the last, saving after each; returns the final state."""
     path = folder / "checkpoint.pt"
     device = data.train.labels.device
-    state = checkpoint.resume(path, asdict(config), device)
+    state = distributed.from_main(lambda: checkpoint.resume(path, described(config)))
     if state is None:
         model = _starting_model(config, data, folder)
-        state = {"config": asdict(config), "epoch": 0, "history": []}
+        state = {"config": described(config), "epoch": 0, "history": []}
         if isinstance(config, FairConfig):
             multipliers = fairness.initial(len(data.class_names))
             start = {
@@ -403,8 +473,6 @@ def _train(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
         optimizer = _optimizer(model, config)
         optimizer.load_state_dict(state["optimizer"])
     for epoch in range(state["epoch"], config.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, epoch)
         began = time.perf_counter()
         entry: dict[str, Any] = {"lr": learning_rate(config, epoch)}
         if isinstance(config, FairConfig):
@@ -427,7 +495,8 @@ def _train(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
             "history": [*state["history"], entry],
             "kernel": kernels.describe(model),
         }
-        checkpoint.save(path, state, keep_previous=True)
+        if distributed.is_main():
+            checkpoint.save(path, state, keep_previous=True)
     return state
 
 
@@ -501,14 +570,19 @@ def _follow(batches: Iterator[tuple[int, float]], split: Split, config: Config, 
     """Run an epoch, with a progress bar where someone watches, one line where not; returns the mean loss."""
     title = f"{'/'.join(folder.parts[-3:])} epoch {epoch + 1}/{config.epochs}"  # DATASET/RECIPE/seedN
     total, seen, began = 0.0, 0, time.perf_counter()
-    with tqdm(total=len(split), desc=title, unit="img", leave=False, disable=not watched()) as bar:
+    with tqdm(
+        total=len(split), desc=title, unit="img", leave=False, disable=not (watched() and distributed.is_main())
+    ) as bar:
         for images, value in batches:
             total, seen = total + images * value, seen + images
             bar.update(images)
             bar.set_postfix(loss=f"{total / seen:.4f}", refresh=False)
-    if not watched():
+    if not watched() and distributed.is_main():
         rate = seen / (time.perf_counter() - began)
-        print(f"{title}: loss {total / seen:.4f}, {rate:,.0f} images/s", flush=True)
+        memory = ""
+        if split.labels.is_cuda:
+            memory = f", peak memory {torch.cuda.max_memory_allocated(split.labels.device) / 2**30:.1f} GiB"
+        print(f"{title}: loss {total / seen:.4f}, {rate:,.0f} images/s{memory}", flush=True)
     return total / seen
 
 

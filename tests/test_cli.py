@@ -99,7 +99,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["--model", "resnet18"], "model = 'resnet18' is unknown"),
+            (["--model", "resnet50"], "model = 'resnet50' is unknown"),
             (["--dataset", "mnist"], "dataset = 'mnist' is unknown"),
             (["--loss", "dlr"], "loss = 'dlr' is unknown"),
             (["--device", "tpu"], "device = 'tpu' is unknown"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,7 @@ def test_shipped_runs_are_what_their_folders_say_and_all_different() -> None:
         recipe, seed = folder.parent.name, int(folder.name.removeprefix("seed"))
         state = checkpoint.read(folder / "weights.pt")
         wanted = training.configure(recipe, "fashion_mnist", seed)
-        assert state["config"] == asdict(wanted)
+        assert state["config"] == training.described(wanted)
         weights = checkpoint.digest(state["model"])
         assert seen.setdefault(weights, str(folder)) == str(folder)
         record, history = (read_record(folder / f"{name}.json") for name in ("record", "history"))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frlkit import KitError, models
-from frlkit.models import LeNet5
+from frlkit import KitError, evaluation, models
+from frlkit.attacks import pgd
 
 
 @pytest.fixture
@@ -85,7 +85,88 @@ class TestLeNet5:
     @pytest.mark.parametrize("classes", [0, 1, -3, True, 2.0, "10", None])
     def test_class_counts_that_make_no_sense(self, classes: Any) -> None:
         with pytest.raises(KitError, match="num_classes = "):
-            LeNet5(classes)
+            models.build("lenet5", classes)
+
+
+def convolution(before: int, after: int, side: int = 3, bias: bool = False) -> int:
+    return before * after * side**2 + bias * after
+
+
+def residual(widths: tuple[int, ...], blocks: tuple[int, ...], preactivation: bool, classes: int) -> int:
+    """Parameters of a residual network, counted by hand: batch normalisations have two a channel."""
+    total, before = convolution(3, widths[0]), widths[0]
+    total += 0 if preactivation else 2 * widths[0]
+    for group, (after, count) in enumerate(zip(widths[1:], blocks, strict=True)):
+        for number in range(count):
+            total += convolution(before, after) + convolution(after, after)
+            total += 2 * (before + after if preactivation else 2 * after)
+            if before != after or (group and not number):
+                total += convolution(before, after, 1) + (0 if preactivation else 2 * after)
+            before = after
+    return total + (2 * before if preactivation else 0) + classes * (before + 1)
+
+
+RESNET, WIDE = (64, 64, 128, 256, 512), (16, 160, 320, 640)
+COUNTS = {
+    "cnn3": sum(convolution(*pair, bias=True) for pair in ((3, 32), (32, 64), (64, 128))) + 10 * (128 * 16 + 1),
+    "cnn4": sum(convolution(*p, bias=True) for p in ((3, 32), (32, 64), (64, 128), (128, 256))) + 10 * (256 * 4 + 1),
+    "preact_resnet18": residual(RESNET, (2, 2, 2, 2), True, 10),
+    "resnet18": residual(RESNET, (2, 2, 2, 2), False, 10),
+    "resnet34": residual(RESNET, (3, 4, 6, 3), False, 10),
+    "wrn_28_10": residual(WIDE, (4, 4, 4), True, 10),
+}
+
+
+class TestColourNetworks:
+    def test_all_are_counted(self) -> None:
+        assert {"lenet5", *COUNTS} == set(models.MODELS)
+        # As published: WRN-28-10 has 36.5 million (Zagoruyko and Komodakis), CIFAR's ResNet-18 11.17 million.
+        assert (COUNTS["wrn_28_10"], COUNTS["resnet18"]) == (36_479_194, 11_173_962)
+
+    @pytest.mark.parametrize("name", COUNTS)
+    def test_parameters_and_output(self, name: str) -> None:
+        model = models.build(name, seed=0).eval()
+        assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[name]
+        with torch.no_grad():
+            assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+        with pytest.raises(KitError, match=r"\(N, 3, 32, 32\)"):
+            model(torch.rand(2, 1, 32, 32))
+
+    def test_pre_activation_by_hand(self) -> None:
+        """One block as the paper that introduced it writes it: x' = shortcut + conv(relu(bn(conv(relu(bn(x))))))."""
+        model = models.build("preact_resnet18", seed=0).eval()
+        x = torch.rand(2, 64, 8, 8)
+        block = model.blocks[2]  # the first of the second group: 64 -> 128, stride 2
+        y = nn.functional.batch_norm(x, torch.zeros(64), torch.ones(64)).relu()
+        z = nn.functional.conv2d(y, block.conv1.weight, stride=2, padding=1)
+        z = nn.functional.batch_norm(z, torch.zeros(128), torch.ones(128)).relu()
+        expected = nn.functional.conv2d(z, block.conv2.weight, padding=1)
+        expected = expected + nn.functional.conv2d(y, block.shortcut.weight, stride=2)
+        torch.testing.assert_close(block(x), expected)
+
+    def test_basic_block_is_torchvisions(self) -> None:
+        from torchvision.models.resnet import BasicBlock
+
+        ours = models.build("resnet18", seed=0).eval().blocks[2]
+        shortcut = nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128))
+        theirs = BasicBlock(64, 128, stride=2, downsample=shortcut).eval()
+        theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+        x = torch.rand(2, 64, 8, 8)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+    def test_attack_and_evaluation_leave_the_batch_statistics_alone(self) -> None:
+        model = models.build("resnet18", seed=0).train()
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.rand(2, 3, 32, 32, generator=generator), torch.tensor([0, 1])
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        adversarial = pgd(model, x, y, 8 / 255, 2 / 255, 2, random_start=False)
+        evaluation.predict(model, adversarial)
+        assert model.training
+        assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+        frozen = pgd(model.eval(), x, y, 8 / 255, 2 / 255, 2, random_start=False)
+        assert torch.equal(adversarial, frozen)  # the mode that the model was in does not show
+        model.train()(x)
+        assert not torch.equal(model.stem_bn.running_mean, before["stem_bn.running_mean"])
 
 
 class TestBuild:
@@ -110,8 +191,8 @@ class TestBuild:
         assert not torch.equal(weights[0], weights[2])
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(KitError, match="'resnet18' is unknown: use one of lenet5"):
-            models.build("resnet18")
+        with pytest.raises(KitError, match="'resnet50' is unknown: use one of lenet5, cnn3, "):
+            models.build("resnet50")
 
 
 class Malicious:

@@ -112,7 +112,7 @@ class TestConfig:
             Config("natural", lr=10**400)
 
     def test_every_field_has_a_range(self) -> None:
-        assert {"method", *training.RANGES} == set(training.FairConfig.__dataclass_fields__) - {"METHODS"}
+        assert {"method", "dataset", *training.RANGES} == set(training.FairConfig.__dataclass_fields__) - {"METHODS"}
 
     def test_unknown_field_of_a_recipe(self) -> None:
         with pytest.raises((KitError, TypeError), match="'epoch'"):
@@ -144,13 +144,29 @@ class TestLearningRate:
         straight = training.train_epoch
 
         def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> Iterator[tuple[int, float]]:
-            rates.extend(group["lr"] for group in optimizer.param_groups)
-            yield from straight(model, optimizer, *rest)
+            for batch in straight(model, optimizer, *rest):
+                rates.extend(group["lr"] for group in optimizer.param_groups)
+                yield batch
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         config = replace(RUNS["natural"], lr=0.01, lr_divide=10.0, lr_every=2)
         training.run(config, tiny, tmp_path)
-        assert rates == pytest.approx([0.01, 0.01, 0.001])
+        assert list(dict.fromkeys(rates)) == pytest.approx([0.01, 0.001])
+
+    def test_cyclic_by_hand(self) -> None:
+        config = Config("natural", lr=0.2, epochs=10, schedule="cyclic")
+        rates = [training.learning_rate(config, epoch) for epoch in (0, 1, 2.5, 4, 7, 9.99)]
+        assert rates == pytest.approx([0, 0.05, 0.125, 0.2, 0.1, 0.2 * 0.01 / 6])
+
+    def test_cyclic_moves_with_every_batch(self, tiny: Dataset) -> None:
+        config = replace(RUNS["natural"], schedule="cyclic", lr=0.01)
+        model = models.build("lenet5", seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        rates = [optimizer.param_groups[0]["lr"] for _ in training.train_epoch(model, optimizer, tiny.train, config, 1)]
+        batches = math.ceil(len(tiny.train) / config.batch_size)
+        expected = [training.learning_rate(config, 1 + number / batches) for number in range(batches)]
+        assert rates == pytest.approx(expected)
+        assert len(set(rates)) > 2
 
 
 class TestLoss:
@@ -273,7 +289,7 @@ class TestEpoch:
     def test_one_batch_is_one_step_down_the_gradient(self, tiny: Dataset) -> None:
         model, optimizer = self.setting()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        config = replace(RUNS["natural"], batch_size=1000)  # the whole split in one batch
+        config = replace(RUNS["natural"], batch_size=1000, lr=0.01)  # the whole split in one batch
         ((count, value),) = training.train_epoch(model, optimizer, tiny.train, config, 0)
         assert count == 200
         fresh = models.build("lenet5", seed=0)
