@@ -34,7 +34,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--dataset", default="fashion_mnist", show_default=True, help="fashion_mnist, or the embedded digits.")
+@click.option("--dataset", default="fashion_mnist", show_default=True, help="A data set of frlkit.data.")
 @click.option("--profile", default="", help="Parameters from notebooks/profiles, such as smoke; sets the data set.")
 @click.option("--retrain", is_flag=True, help="Train everything anew under OUTPUT/retrained, ignoring shipped runs.")
 @click.option("--output", type=click.Path(path_type=Path), default=PROJECT / "output", help="Default: output/.")
@@ -155,7 +155,7 @@ def evaluate(
     record = evaluation.evaluate(model.to(chosen), tensors, [attack])
     entry = record.pop("attacks")[0]
     click.echo(f"{weights} on {record['images']} test images of {dataset}, errors in % under {attack}")
-    click.echo(tables.error_table(record["class_names"], record["natural"], entry["robust"]).to_string())
+    click.echo(tables.error_table(record, entry["robust"]).to_string())
     suspicious = doubts(model, tensors.test)
     for sentence in suspicious:
         click.echo(f"doubtful: {sentence}", err=True)

@@ -164,6 +164,18 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+#: The networks' names in titles.
+TITLES = {
+    "lenet5": "LeNet-5",
+    "cnn3": "3-layer CNN",
+    "cnn4": "4-layer CNN",
+    "preact_resnet18": "PreAct-ResNet-18",
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "wrn_28_10": "WRN-28-10",
+}
+
+
 def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Module:
     """Build a network by name, with its weights drawn from `seed` alone (the global random state is left as it was).
 

@@ -44,6 +44,19 @@ def one_of(*allowed: str) -> Rule:
     return check
 
 
+def dataset() -> Rule:
+    """A data set's name: one of `data.READERS`, or ``folder:PATH``."""
+
+    def check(value: Any) -> str:
+        try:
+            data.check_name(value if isinstance(value, str) else "")
+        except KitError:
+            raise ValueError(f"one of {', '.join(map(repr, data.READERS))}, or 'folder:PATH'") from None
+        return value
+
+    return check
+
+
 def number(low: float, high: float, *, whole: bool = False) -> Rule:
     """A finite number in [low, high]; `whole` asks for an int. True, False and text are no numbers."""
 
@@ -159,11 +172,12 @@ def load_data(dataset: str, device: str) -> tuple[data.Dataset | None, str, str]
     Where it cannot be found or downloaded, prints why and returns None with labels that say so: a study is then drawn
     from the shipped records.
     """
+    name = data.folder_name(dataset)
     try:
-        return data.load(dataset, device=data.pick_device(device)), dataset, dataset
+        return data.load(dataset, device=data.pick_device(device)), dataset, name
     except data.DataUnavailableError as error:
         print(error)
-        return None, f"{dataset} (shipped records, not recomputed)", f"{dataset}_shipped_records"
+        return None, f"{dataset} (shipped records, not recomputed)", f"{name}_shipped_records"
 
 
 def versions(*packages: str) -> str:

@@ -21,7 +21,12 @@ from tqdm import tqdm
 from frlkit import PROJECT, KitError, checkpoint, claims, data
 
 NOTEBOOKS = PROJECT / "notebooks"
-PROFILES = {"fashion_mnist": "full", "digits": "digits"}  # data set -> notebooks/profiles/*.yaml
+#: Data set -> notebooks/profiles/*.yaml; anyone's own has the schedule of "full".
+PROFILES = {
+    "fashion_mnist": "full",
+    "digits": "digits",
+    **{name: f"paper_{name}" for name in ("cifar10", "svhn", "gtsrb", "gtsrb17")},
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterat
     try:
         data.load(dataset)
     except data.DataUnavailableError as error:
-        if retrain:
+        shipped = PROJECT / "checkpoints" / data.folder_name(dataset)
+        if retrain or not shipped.exists():
             raise
         _say(f"{error}; drawing from the shipped records, and running live on digits")
         datasets = {dataset: False, "digits": True}
@@ -88,9 +94,10 @@ def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterat
     for source in sources:
         known = papermill.inspect_notebook(str(source))
         for name, live in datasets.items() if "DATASET" in known else [(dataset, True)]:
-            values = {**_profile(profile or PROFILES[name]), **folders}
+            own = profile if profile and name == dataset else PROFILES.get(name, "full")
+            values = {**_profile(own), "DATASET": name, **folders}
             parameters = {key: value for key, value in values.items() if key in known}
-            suffix = f"_{name}" if "DATASET" in known and name != "fashion_mnist" else ""
+            suffix = f"_{data.folder_name(name)}" if "DATASET" in known and name != "fashion_mnist" else ""
             yield Job(source, source.stem + suffix, parameters, live)
 
 
@@ -129,7 +136,7 @@ def _runs(job: Job) -> dict[str, str]:
     """The hash of every record and weights file among the runs of the job's data set; none where it has no data set."""
     if "DATASET" not in job.parameters:
         return {}
-    folder = PROJECT / (job.parameters.get("RUNS") or "checkpoints") / job.parameters["DATASET"]
+    folder = PROJECT / (job.parameters.get("RUNS") or "checkpoints") / data.folder_name(job.parameters["DATASET"])
     files = sorted([*folder.rglob("*.json"), *folder.rglob("weights.pt")])
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

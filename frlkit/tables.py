@@ -17,11 +17,19 @@ MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # recipe -> one record per seed
 
 
-def error_table(class_names: Sequence[str], natural: Sequence[float], robust: Sequence[float]) -> pd.DataFrame:
-    """Class-wise errors of one model in per cent, with the average over classes and the worst class below."""
+def error_table(record: Mapping[str, Any], robust: Sequence[float]) -> pd.DataFrame:
+    """Class-wise errors of one model in per cent, with the average over classes and the worst class below.
+
+    Where the classes have different numbers of images, the average over images stands beside that over classes.
+    """
+    class_names, natural, images = record["class_names"], record["natural"], record["class_counts"]
     columns = {"natural": np.array(natural), "boundary": np.subtract(robust, natural), "robust": np.array(robust)}
     frame = pd.DataFrame(columns, index=list(class_names))
-    below = pd.DataFrame({"average": frame.mean(), "worst": frame.max()}).T
+    rows = {"average": frame.mean(), "worst": frame.max()}
+    if len(set(images)) > 1:
+        over_images = frame.mul(images, axis=0).sum() / sum(images)
+        rows = {"average over classes": frame.mean(), "average over images": over_images, "worst": frame.max()}
+    below = pd.DataFrame(rows).T
     return (100 * pd.concat([frame, below])).round(1)
 
 
@@ -44,17 +52,20 @@ def classwise(errors: pd.DataFrame, recipe: str, measure: str) -> pd.DataFrame:
 
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:
-    """Average, worst and best class of each recipe and measure in `tidy`'s table.
+    """Average over classes, worst and best class of each recipe and measure in `tidy`'s table.
 
     Each is taken within a seed, then given as mean ± sd over seeds. The interval is the worst class's (see
-    `worst_interval`); the class named is worst in the mean over seeds.
+    `worst_interval`); the class named is worst in the mean over seeds. Unbalanced classes add the average over images.
     """
     rows = {}
     for recipe, measure in dict.fromkeys(zip(errors["recipe"], errors["measure"], strict=True)):
         scores = classwise(errors, recipe, measure)
         low, high = worst_interval(errors, recipe, measure)
+        images = errors.loc[errors["recipe"] == recipe].drop_duplicates("class")["images"].to_numpy()
+        unbalanced = {"average over images": plus_minus((scores * images).sum(axis=1) / images.sum())}
         rows[recipe, measure] = {
             "average": plus_minus(scores.mean(axis=1)),
+            **(unbalanced if len(set(images)) > 1 else {}),
             "worst": plus_minus(scores.max(axis=1)),
             "worst, 95 %": f"{low:.1f} to {high:.1f}",
             "best": plus_minus(scores.min(axis=1)),

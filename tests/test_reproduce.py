@@ -17,6 +17,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(reproduce, "PROJECT", tmp_path)
     monkeypatch.setattr(reproduce, "PROFILES", {"fashion_mnist": "full", "digits": "smoke"})
     monkeypatch.setenv("FRLKIT_DATA", str(tmp_path / "data"))
+    (tmp_path / "checkpoints" / "fashion_mnist").mkdir(parents=True)  # shipped runs
     return tmp_path
 
 
@@ -56,8 +57,25 @@ def test_a_profile_sets_the_data_set_and_an_unknown_one_is_refused(elsewhere: Pa
     jobs = list(reproduce.plan("fashion_mnist", elsewhere, retrain=True, profile="smoke"))
     assert {job.parameters.get("DATASET", "digits") for job in jobs} == {"digits"}
     assert {job.parameters.get("FRL_EPOCHS", 1) for job in jobs} == {1}
-    with pytest.raises(KitError, match=r"profile = 'tiny' is unknown: use one of digits, full, smoke"):
+    with pytest.raises(KitError, match=r"profile = 'tiny' is unknown: use one of digits, full, paper_cifar10, "):
         list(reproduce.plan("digits", elsewhere, retrain=False, profile="tiny"))
+
+
+def test_every_data_set_has_a_profile(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "load", lambda name: None)
+    for name in (*data.READERS, "folder:mine"):
+        jobs = list(reproduce.plan(name, elsewhere, retrain=False))
+        assert {job.parameters.get("DATASET", name) for job in jobs} == {name}
+
+
+def test_without_data_and_without_shipped_runs_there_is_nothing_to_draw(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", missing)
+    (elsewhere / "checkpoints" / "fashion_mnist").rmdir()
+    with pytest.raises(data.DataUnavailableError):
+        list(reproduce.plan("fashion_mnist", elsewhere, retrain=False))
 
 
 def test_unknown_data_set_is_refused(elsewhere: Path) -> None:
