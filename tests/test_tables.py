@@ -75,3 +75,19 @@ def test_verdicts_together() -> None:
     assert claims.together(["confirmed", "refuted"]) == "partly"
     assert claims.together(iter(["refuted", "not established"])) == "not established"
     assert claims.together(["confirmed", "not tested"]) == "not tested"
+
+
+def test_unbalanced_classes_have_two_averages() -> None:
+    record = {"class_names": ["a", "b"], "class_counts": [30, 10], "natural": [0.1, 0.5]}
+    table = tables.error_table(record, [0.2, 0.9])
+    assert table.loc["average over classes"].tolist() == [30.0, 25.0, 55.0]
+    assert table.loc["average over images"].tolist() == [20.0, 17.5, 37.5]
+    assert "average" in tables.error_table({**record, "class_counts": [20, 20]}, [0.2, 0.9]).index
+    rows = [
+        ("r", seed, name, "natural", error, n) for seed in (0, 1) for name, error, n in (("a", 10, 30), ("b", 50, 10))
+    ]
+    errors = pd.DataFrame(rows, columns=["recipe", "seed", "class", "measure", "error", "images"])
+    assert tables.summary(errors).loc[("r", "natural"), ["average", "average over images"]].tolist() == [
+        "30.0 ± 0.0",
+        "20.0 ± 0.0",
+    ]

@@ -29,6 +29,8 @@ RUNS = {
     "pgd_at": Config("pgd_at", **SMALL),
     "pgd_at_half": Config("pgd_at", attacked=0.5, **SMALL),
     "trades": Config("trades", **SMALL),
+    "augmented": Config("natural", augment="crop_flip", schedule="cyclic", **SMALL),
+    "bf16": Config("pgd_at", precision="bf16", model="lenet5", **SMALL),
     "sgd": Config("natural", optimizer="sgd", lr=0.05, weight_decay=1e-4, **SMALL),
 }
 
