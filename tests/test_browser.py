@@ -1,0 +1,202 @@
+"""What a person sees: notebooks run in JupyterLab and the reproduction's index page, in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+import pytest
+
+import frlkit
+from frlkit import claims, reproduce
+
+NOTEBOOKS = frlkit.PROJECT / "notebooks"
+THEORY, REWEIGHT = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03"))
+MINUTE = 60_000  # milliseconds, as Playwright counts
+# Whether every code cell has its number, or one has failed (those after it then never get theirs).
+ENDED = """() => {
+    const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(prompt => prompt.innerText);
+    const done = prompts.length > 0 && prompts.every(text => /^\\[\\d+\\]:$/.test(text.trim()));
+    return done || document.querySelector('[data-mime-type="application/vnd.jupyter.error"]') !== null;
+}"""
+# Every picture of the page that has no pixels, by its source.
+BROKEN = "() => [...document.images].filter(image => !(image.complete && image.naturalWidth > 0)).map(i => i.src)"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A running JupyterLab: its address with the token, and the folder it shows."""
+
+    address: str
+    token: str
+    folder: Path
+
+    def page_of(self, name: str) -> str:
+        return f"{self.address}lab/tree/{name}?token={self.token}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=3 * MINUTE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(5 * MINUTE)
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """JupyterLab on a free port of the loopback interface, with settings of its own; it and its kernels end here."""
+    place = tmp_path_factory.mktemp("lab")
+    folder, token = place / "work", secrets.token_hex(16)
+    settings = place / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    page_config = place / "config" / "labconfig" / "page_config.json"
+    contents = {
+        settings: {"windowingMode": "none"},  # all cells are on the page, not only those in view
+        page_config: {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}},  # asks the network
+    }
+    for file, content in contents.items():
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+    folder.mkdir()
+    kinds = {"CONFIG_DIR": "config", "DATA_DIR": "data", "RUNTIME_DIR": "runtime"}
+    environment = {
+        **os.environ,
+        **{f"JUPYTER_{name}": str(place / where) for name, where in kinds.items()},
+        "JUPYTERLAB_SETTINGS_DIR": str(place / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(place / "workspaces"),
+        "IPYTHONDIR": str(place / "ipython"),
+        "JUPYTER_PLATFORM_DIRS": "1",
+        "PYTHONPATH": str(frlkit.PROJECT),
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]
+    options += [f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}"]
+    log = place / "log.txt"
+    with log.open("w") as file:
+        words = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(words, cwd=place, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline, info = time.monotonic() + 300, place / "runtime" / f"jpserver-{server.pid}.json"
+        while not info.exists() or not info.read_text().rstrip().endswith("}"):
+            assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+        yield Lab(json.loads(info.read_text())["url"], token, folder)
+    finally:
+        family = [server]
+        if server.poll() is None:
+            family += psutil.Process(server.pid).children(recursive=True)  # kernels lead sessions of their own
+        for process in family:
+            process.kill()
+        server.wait(timeout=60)
+
+
+def prepare(source: Path, target: Path, *words: str) -> int:
+    """Copy a notebook with parameters injected and no outputs; returns its number of code cells."""
+    papermill = [sys.executable, "-m", "papermill", str(source), str(target), "--prepare-only", *words]
+    done = subprocess.run(papermill, cwd=target.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    notebook = nbformat.read(target, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, target)
+    return len(code)
+
+
+def run_all(page: Any, lab: Lab, name: str) -> None:
+    """Open a notebook, choose Run > Run All Cells and wait until every cell ran, or one failed."""
+    page.goto(lab.page_of(name))
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()  # its kernel is there
+    page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
+    page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
+    page.wait_for_function(ENDED, timeout=25 * MINUTE)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (THEORY, ["-p", "FIGURES", "figures"]),  # its defaults, except that the project's figures stay as they are
+        (REWEIGHT, ["-f", str(NOTEBOOKS / "profiles" / "smoke.yaml")]),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else "",
+)
+def test_run_all_in_jupyterlab(source: Path, words: list[str], page: Any, lab: Lab) -> None:
+    count = prepare(source, lab.folder / source.name, *words)
+    run_all(page, lab, source.name)
+    errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    assert errors.all_inner_texts() == []
+    assert page.locator(".jp-CodeCell").count() == count
+    assert page.locator(".jp-CodeCell .jp-InputPrompt").last.inner_text().strip() == f"[{count}]:"
+    table = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output table")
+    table.scroll_into_view_if_needed()
+    assert table.is_visible()
+    assert table.locator("th").all_inner_texts() == ["claim", "evidence", "verdict"]
+    committed = claims.from_notebook(nbformat.read(source, as_version=4).cells)[0]["claims"]
+    verdicts = table.locator("tbody tr td:last-child").all_inner_texts()
+    assert len(verdicts) == len(committed)
+    assert set(verdicts) <= set(claims.VERDICTS)
+    figures = page.locator(".jp-OutputArea-output img")
+    assert figures.count() >= len(list((lab.folder).rglob(f"{source.name[:2]}_*.png"))) > 0
+    assert page.evaluate(BROKEN) == []
+
+
+def test_an_error_on_the_page_is_seen(page: Any, lab: Lab) -> None:
+    """The test above can fail: a parameter that the notebook refuses."""
+    prepare(THEORY, lab.folder / "refused.ipynb", "-p", "SAMPLES", "none")
+    run_all(page, lab, "refused.ipynb")
+    (error,) = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+    assert "ParameterError: parameter SAMPLES = 'none' is not allowed" in error
+
+
+def test_index_shows_every_figure_and_claim(page: Any, tmp_path: Path) -> None:
+    sources = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    jobs = [reproduce.Job(source, source.stem, {}, live=True) for source in sources]
+    tables = [
+        {"notebook": source.stem, **table}
+        for source in sources
+        for table in claims.from_notebook(nbformat.read(source, as_version=4).cells)
+    ]
+    reproduce.write_index(jobs, tables, tmp_path)
+    page.goto((tmp_path / "index.html").as_uri(), wait_until="load")
+    figures = {
+        file.stem for source in sources for file in (frlkit.PROJECT / "figures").glob(f"{source.name[:2]}_*.png")
+    }
+    assert {image.get_attribute("alt") for image in page.locator("img").all()} == figures
+    assert len(figures) >= 7
+    assert page.evaluate(BROKEN) == []
+    assert page.locator("h2").count() == page.locator("table").count() == len(tables) == len(sources)
+    assert page.locator("tr:has(td)").count() == sum(len(table["claims"]) for table in tables)
+    assert page.locator("li a").all_inner_texts() == [source.stem for source in sources]
+
+
+def test_a_figure_that_is_missing_is_seen(page: Any, tmp_path: Path) -> None:
+    """The test above can fail: a picture without a file."""
+    (tmp_path / "index.html").write_text('<!doctype html><img src="absent.png" alt="absent">')
+    page.goto((tmp_path / "index.html").as_uri(), wait_until="load")
+    assert [Path(source).name for source in page.evaluate(BROKEN)] == ["absent.png"]
