@@ -132,7 +132,8 @@ def prepare(source: Path, target: Path, *words: str) -> int:
 def run_all(page: Any, lab: Lab, name: str) -> None:
     """Open a notebook, choose Run > Run All Cells and wait until every cell ran, or one failed."""
     page.goto(lab.page_of(name))
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()  # its kernel is there
+    # Its kernel is connected: to run earlier starts a second one, and the change of kernels drops the cells that wait.
+    page.locator("#jp-main-statusbar").get_by_text(re.compile(r"^(?!No Kernel).+ \| Idle$")).wait_for()
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
     page.wait_for_function(ENDED, timeout=25 * MINUTE)
