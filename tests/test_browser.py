@@ -25,11 +25,12 @@ from frlkit import claims, reproduce
 NOTEBOOKS = frlkit.PROJECT / "notebooks"
 THEORY, REWEIGHT = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03"))
 MINUTE = 60_000  # milliseconds, as Playwright counts
-# Whether every code cell has its number, or one has failed (those after it then never get theirs).
-ENDED = """() => {
-    const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(prompt => prompt.innerText);
-    const done = prompts.length > 0 && prompts.every(text => /^\\[\\d+\\]:$/.test(text.trim()));
-    return done || document.querySelector('[data-mime-type="application/vnd.jupyter.error"]') !== null;
+ERRORS = '[data-mime-type="application/vnd.jupyter.stderr"]'  # how JupyterLab shows exceptions, and stderr
+# Whether every code cell has its number, or one has failed (those after it then wait no longer).
+ENDED = """errors => {
+    const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(p => p.innerText.trim());
+    const failed = document.querySelector(errors) !== null && !prompts.includes("[*]:");
+    return failed || (prompts.length > 0 && prompts.every(text => /^\\[\\d+\\]:$/.test(text)));
 }"""
 # The sources of those pictures that have no pixels.
 BROKEN = "images => images.filter(image => !(image.complete && image.naturalWidth > 0)).map(image => image.src)"
@@ -137,7 +138,7 @@ def run_all(page: Any, lab: Lab, name: str) -> None:
     page.locator("#jp-main-statusbar").get_by_text(re.compile(r"^(?!No Kernel).+ \| Idle$")).wait_for()
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
-    page.wait_for_function(ENDED, timeout=25 * MINUTE)
+    page.wait_for_function(ENDED, arg=ERRORS, timeout=25 * MINUTE)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,7 @@ def run_all(page: Any, lab: Lab, name: str) -> None:
 def test_run_all_in_jupyterlab(source: Path, words: list[str], page: Any, lab: Lab) -> None:
     count = prepare(source, lab.folder / source.name, *words)
     run_all(page, lab, source.name)
-    errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
-    assert errors.all_inner_texts() == []
+    assert page.locator(ERRORS).all_inner_texts() == []
     assert page.locator(".jp-CodeCell").count() == count
     assert page.locator(".jp-CodeCell .jp-InputPrompt").last.inner_text().strip() == f"[{count}]:"
     table = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output table")
@@ -172,7 +172,7 @@ def test_an_error_on_the_page_is_seen(page: Any, lab: Lab) -> None:
     """The test above can fail: a parameter that the notebook refuses."""
     prepare(THEORY, lab.folder / "refused.ipynb", "-p", "SAMPLES", "none")
     run_all(page, lab, "refused.ipynb")
-    (error,) = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+    (error,) = page.locator(ERRORS).all_inner_texts()
     assert "ParameterError: parameter SAMPLES = 'none' is not allowed" in error
 
 
