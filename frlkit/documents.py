@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from frlkit import PROJECT, KitError, checkpoint, claims, evaluation, tables, training
+from frlkit import PROJECT, KitError, checkpoint, claims, evaluation, models, published, tables, training
 
 DOCUMENTS = ("README.md", "REPORT.md")
 #: Retraining recipes of README's table, after the model that they start from.
@@ -92,9 +92,66 @@ def speed() -> str:
     return markdown(["", "baseline", *(table["kernel"] for table in found)], rows)
 
 
+UNMEASURED = "not measured yet"
+
+
+def paper_scale() -> str:
+    """CIFAR-10 at the paper's scale: paper, independent reruns, ours where ``checkpoints/cifar10`` has a record."""
+
+    def ours(recipe: str) -> dict[str, Any]:
+        path = PROJECT / "checkpoints" / "cifar10" / recipe / "seed0" / "record.json"
+        return evaluation.read_record(path) if path.exists() else {}
+
+    rows = []
+    found = ours("pgd_at")
+    for name, errors in published.PAPER_CIFAR10.items():
+        for kind, value in errors.items():
+            mine = UNMEASURED
+            if found:
+                measured = found["natural"] if kind == "natural" else evaluation.robust_errors(found, 8)
+                mine = f"{100 * measured[found['class_names'].index(name)]:.1f}"
+            rows.append([f"PGD-AT, {name}, {kind} error", f"{value:.1f}", "", mine])
+    for recipe, columns in published.RERUNS.items():
+        found = ours(recipe)
+        scored = tables.scores({recipe: [found]}).iloc[0] if found else {}
+        for column, value in columns.items():
+            rows.append([f"{recipe}, {column}", "", value, f"{scored[column]:.1f}" if found else UNMEASURED])
+    rows += [[f"{name}, any method", "no numbers in the text", "", UNMEASURED] for name in ("SVHN", "GTSRB")]
+    return markdown(["CIFAR-10, errors in %", "paper", "reruns by others", "ours"], rows)
+
+
+def cost() -> str:
+    """Seconds of a training step at the paper's scale, from ``benchmarks/paper.json``, and hours extrapolated."""
+    found = json.loads((PROJECT / "benchmarks" / "paper.json").read_text())
+    rows = [
+        [
+            f"{models.TITLES[row['model']]}, {row['way']}",
+            f"{row['step_s']} s ({row['lowest_s']} to {row['highest_s']})",
+            f"{row['images_per_s']}/s",
+            f"{row['extrapolated_hours']:.0f} h",
+        ]
+        for row in found["cost"]
+    ]
+    head = [f"{found['device']}, batch {found['cost'][0]['batch']}", "one step", "images", "extrapolated"]
+    return markdown(head, rows)
+
+
+def slice_() -> str:
+    """The 3-layer CNN on a tenth of CIFAR-10, JPEG re-encoded, from its shipped records."""
+    place = PROJECT / "checkpoints" / "folder-cifar10-jpeg-slice"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(place.glob("*/seed*/record.json")):
+        found.setdefault(path.parents[1].name, []).append(evaluation.read_record(path))
+    means = tables.means(tables.scores({recipe: found[recipe] for recipe in training.RECIPES if recipe in found}))
+    return markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "disparity": disparity,
     "fairness": fairness,
     "speed": speed,
+    "paper": paper_scale,
+    "cost": cost,
+    "slice": slice_,
     **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
 }

@@ -19,3 +19,24 @@ REPORT: dict[str, dict[str, tuple[float, ...]]] = {
         "robust": (0.370, 0.135, 0.609, 0.347, 0.613, 0.277, 0.892, 0.358, 0.137, 0.168),
     },
 }
+
+#: CIFAR-10 in the paper's text (PGD-AT, l-inf 8/255): errors in per cent of its easiest and its hardest class.
+PAPER_CIFAR10 = {"automobile": {"natural": 7.0, "robust": 33.0}, "cat": {"natural": 40.9, "robust": 82.6}}
+
+RERUN_SOURCE = "a rerun of the authors' code by others (1 run, 8 evaluations: mean and, where known, range)"
+
+#: CIFAR-10, PreAct-ResNet-18, errors in per cent: recipe -> `tables.scores` column -> what others found.
+RERUNS = {
+    "official_reweight": {
+        "natural worst": "28.2 (26.6 to 30.2)",
+        "boundary worst": "53.0",
+        "robust average": "52.6",
+        "robust worst": "76.2 (72.8 to 78.2)",
+    },
+    "official_both": {
+        "natural worst": "29.6",
+        "boundary worst": "48.3",
+        "robust average": "52.3",
+        "robust worst": "70.7 (66.9 to 74.3)",
+    },
+}
