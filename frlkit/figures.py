@@ -27,6 +27,7 @@ TITLES = {
     "algorithm1_both": "Algorithm 1, Reweight + Remargin",
     "shrunk_margin": "Radii of hard classes shrunk",
     "algorithm1_remargin,alpha_margin=0": "Radii flat",
+    "official_remargin,alpha_margin=0": "Authors' code, radii flat",
     "baseline_reweight": "Baseline reweight (Agarwal)",
     "official_uniform": "Authors' loop, equal weights (control)",
     "official_reweight": "Authors' code, Reweight",
