@@ -175,11 +175,23 @@ def _locked(folder: Path) -> FileLock:
             return lock
 
 
+def _litter(folder: Path) -> list[Path]:
+    """Temporary files of writes that a kill cut short."""
+    return [*folder.glob("*.pt*.tmp"), *folder.glob("*.json*.tmp")]
+
+
+def at_rest(folder: Path) -> bool:
+    """Whether no process works in a run's folder, or was killed in it."""
+    return not (folder / "run.lock").exists() and not _litter(folder)
+
+
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a run's folder: a second process says so and waits until the first has finished, or has died."""
     try:
         lock = _locked(folder)
+        for file in _litter(folder):
+            file.unlink(missing_ok=True)
     except OSError as error:
         raise WriteError(
             f"{folder} cannot be written ({error.strerror or error}): choose another folder for the runs"
@@ -245,8 +257,6 @@ def resume(path: Path, config: Mapping[str, Any], device: str | torch.device = "
     A damaged file is moved aside (``*.damaged``) with a warning, and the generation before it is used. Raises
     `KitError` where the checkpoint was made under another configuration, naming the fields that differ.
     """
-    for stale in path.parent.glob(f"{path.name}*.tmp"):  # a write that a kill cut short
-        stale.unlink(missing_ok=True)
     for candidate in (path, previous(path)):
         if not candidate.exists():
             continue

@@ -303,7 +303,7 @@ def run(config: Config, data: Dataset, folder: Path) -> nn.Module:
     configuration or cannot be written, and `TrainingDivergedError` where the loss is no longer finite.
     """
     weights = folder / "weights.pt"
-    if weights.exists() and (folder / "record.json").exists():
+    if weights.exists() and (folder / "record.json").exists() and checkpoint.at_rest(folder):
         return _finish(config, data, folder)
     with checkpoint.only_one(folder):
         if not weights.exists():

@@ -277,12 +277,18 @@ class TestDamage:
         assert checkpoint.resume(path, CONFIG) is None
 
     def test_a_killed_writes_litter_is_swept_up(self, two: Path) -> None:
-        litter = two.with_name("checkpoint.ptabc123.tmp")
-        litter.write_bytes(b"half a file")
+        litter = [two.with_name(name) for name in ("checkpoint.ptabc123.tmp", "record.json_x1.tmp", "weights.pt9.tmp")]
+        for file in litter:
+            assert checkpoint.at_rest(two.parent)
+            file.write_bytes(b"half a file")
+            assert not checkpoint.at_rest(two.parent)
+            with checkpoint.only_one(two.parent):
+                assert not file.exists()
         mine = two.with_name("notes.tmp")
         mine.write_text("someone else's")
-        checkpoint.resume(two, CONFIG)
-        assert not litter.exists()
+        with checkpoint.only_one(two.parent):
+            assert not checkpoint.at_rest(two.parent)
+        assert checkpoint.at_rest(two.parent)
         assert mine.exists()
 
     def test_a_bit_anywhere_is_refused_or_harmless(self, path: Path) -> None:
