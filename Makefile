@@ -1,4 +1,5 @@
-# reproduce: the study, end to end · retrain: from nothing (PROFILE=smoke: tiny) · test: the whole suite · bench: speed
+# reproduce: the study, end to end · retrain: from nothing (PROFILE=smoke: tiny)
+# test: the whole suite · faults: runs that are killed, starved of disk, fed damaged files · bench: speed
 PYTHON  ?= python3
 DATASET ?= fashion_mnist
 PROFILE ?=
@@ -10,7 +11,7 @@ ifdef FRLKIT_DATA
 export FRLKIT_DATA := $(abspath $(FRLKIT_DATA))
 endif
 
-.PHONY: reproduce retrain bench test
+.PHONY: reproduce retrain bench test faults
 reproduce: .venv/ready
 	$(RUN) -m frlkit reproduce --dataset $(DATASET) --profile "$(PROFILE)"
 
@@ -19,6 +20,9 @@ retrain: .venv/ready
 
 bench: .venv/ready-test
 	$(RUN) benchmarks/epoch.py
+
+faults: .venv/ready-test
+	$(RUN) tests/faults/campaign.py
 
 test: .venv/ready-test
 	$(RUN) -m ruff check .

@@ -99,6 +99,9 @@ def mirror(folder: Path, remote: Path) -> None:
     for source in sorted(path for path in remote.rglob("*") if path.is_file()):
         target = folder / source.relative_to(remote)
         try:
+            if source.suffix == ".copy":  # a killed session's
+                source.unlink()
+                continue
             if source.suffix == ".pt":
                 read(source)
             elif source.suffix == ".json":
@@ -137,12 +140,16 @@ def _copy(file: Path, target: Path) -> None:
     """Copy under another name, compare, rename; the generation before stays as `previous`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f"{target.name}.copy")
-    shutil.copyfile(file, draft)
-    if draft.read_bytes() != file.read_bytes():
-        raise OSError("the copy differs")
-    if target.name == "checkpoint.pt" and target.exists():
-        os.replace(target, previous(target))
-    os.replace(draft, target)
+    try:
+        shutil.copyfile(file, draft)
+        if draft.read_bytes() != file.read_bytes():
+            raise OSError("the copy differs")
+        if target.name == "checkpoint.pt" and target.exists():
+            os.replace(target, previous(target))
+        os.replace(draft, target)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _mirror_of(path: Path) -> Path | None:
@@ -175,11 +182,23 @@ def _locked(folder: Path) -> FileLock:
             return lock
 
 
+def _litter(folder: Path) -> list[Path]:
+    """Temporary files of writes that a kill cut short."""
+    return [*folder.glob("*.pt*.tmp"), *folder.glob("*.json*.tmp")]
+
+
+def at_rest(folder: Path) -> bool:
+    """Whether no process works in a run's folder, or was killed in it."""
+    return not (folder / "run.lock").exists() and not _litter(folder)
+
+
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a run's folder: a second process says so and waits until the first has finished, or has died."""
     try:
         lock = _locked(folder)
+        for file in _litter(folder):
+            file.unlink(missing_ok=True)
     except OSError as error:
         raise WriteError(
             f"{folder} cannot be written ({error.strerror or error}): choose another folder for the runs"
@@ -242,16 +261,17 @@ def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
 def resume(path: Path, config: Mapping[str, Any], device: str | torch.device = "cpu") -> dict[str, Any] | None:
     """The newest whole generation, or None where there is none.
 
-    A damaged file is moved aside (``*.damaged``) with a warning, and the generation before it is used. Raises
-    `KitError` where the checkpoint was made under another configuration, naming the fields that differ.
+    A damaged file, or one that is no run's checkpoint, is moved aside (``*.damaged``) with a warning, and the
+    generation before it is used. Raises `KitError` where the checkpoint was made under another configuration, naming
+    the fields that differ.
     """
-    for stale in path.parent.glob(f"{path.name}*.tmp"):  # a write that a kill cut short
-        stale.unlink(missing_ok=True)
     for candidate in (path, previous(path)):
         if not candidate.exists():
             continue
         try:
             state = read(candidate, device)
+            if "epoch" not in state:
+                raise KitError(f"{candidate} is no checkpoint of a run: it names no epoch to go on from")
         except KitError as error:
             aside = candidate.with_name(candidate.name + ".damaged")
             os.replace(candidate, aside)

@@ -367,7 +367,7 @@ def run(config: Config, data: Dataset, folder: Path) -> nn.Module:
     weights = folder / "weights.pt"
 
     def finished() -> bool:
-        return weights.exists() and (folder / "record.json").exists()
+        return weights.exists() and (folder / "record.json").exists() and checkpoint.at_rest(folder)
 
     if distributed.from_main(finished):
         return _finish(config, data, folder)

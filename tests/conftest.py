@@ -25,11 +25,16 @@ def digits() -> Dataset:
     return data.load("digits")
 
 
+def tiny_dataset(digits: Dataset, *sizes: int) -> Dataset:
+    """So many images of each class to train, to validate and to test."""
+    splits = zip((digits.train, digits.validation, digits.test), sizes, strict=True)
+    return Dataset("digits", digits.class_names, *(head_of_each_class(split, count) for split, count in splits))
+
+
 @pytest.fixture(scope="session")
 def tiny(digits: Dataset) -> Dataset:
     """200 training images of the digits, 30 to validate and 50 to test, all ten classes alike."""
-    sizes = ((digits.train, 20), (digits.validation, 3), (digits.test, 5))
-    return Dataset("digits", digits.class_names, *(head_of_each_class(split, count) for split, count in sizes))
+    return tiny_dataset(digits, 20, 3, 5)
 
 
 @pytest.fixture(scope="session")

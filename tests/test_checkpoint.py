@@ -273,16 +273,28 @@ class TestDamage:
         assert len(caught) == 2
         assert sorted(os.listdir(two.parent)) == ["checkpoint.previous.pt.damaged", "checkpoint.pt.damaged"]
 
+    def test_the_kits_own_file_of_another_kind_is_moved_aside(self, two: Path) -> None:
+        checkpoint.save(two, {"config": CONFIG, "num_classes": 10, "model": state(2)["model"]})
+        with pytest.warns(UserWarning, match="is no checkpoint of a run"):
+            found = checkpoint.resume(two, CONFIG)
+        assert same(found, state(1))
+
     def test_no_file_is_a_fresh_start(self, path: Path) -> None:
         assert checkpoint.resume(path, CONFIG) is None
 
     def test_a_killed_writes_litter_is_swept_up(self, two: Path) -> None:
-        litter = two.with_name("checkpoint.ptabc123.tmp")
-        litter.write_bytes(b"half a file")
+        litter = [two.with_name(name) for name in ("checkpoint.ptabc123.tmp", "record.json_x1.tmp", "weights.pt9.tmp")]
+        for file in litter:
+            assert checkpoint.at_rest(two.parent)
+            file.write_bytes(b"half a file")
+            assert not checkpoint.at_rest(two.parent)
+            with checkpoint.only_one(two.parent):
+                assert not file.exists()
         mine = two.with_name("notes.tmp")
         mine.write_text("someone else's")
-        checkpoint.resume(two, CONFIG)
-        assert not litter.exists()
+        with checkpoint.only_one(two.parent):
+            assert not checkpoint.at_rest(two.parent)
+        assert checkpoint.at_rest(two.parent)
         assert mine.exists()
 
     def test_a_bit_anywhere_is_refused_or_harmless(self, path: Path) -> None:
@@ -432,6 +444,26 @@ class TestMirror:
         checkpoint.write_json(tmp_path / "local" / "a.json", {"a": 1})
         assert json.loads((tmp_path / "remote" / "a.json").read_text()) == {"a": 1}
         assert len(calls) == 2
+
+    def test_no_draft_of_a_copy_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        local, remote = tmp_path / "local", tmp_path / "remote"
+        checkpoint.mirror(local, remote)
+        rename = os.replace
+
+        def replace(source: Path, target: Path) -> None:
+            if Path(target).is_relative_to(remote):
+                raise OSError(errno.EIO, "Input/output error")
+            rename(source, target)
+
+        monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="could not be written"):
+            patch.setattr(os, "replace", replace)
+            checkpoint.write_json(local / "a.json", {"a": 1})
+        assert list(remote.iterdir()) == []
+        (remote / "b.json.copy").write_text("a killed session's")
+        checkpoint.mirror(local, remote)
+        assert list(remote.iterdir()) == []
+        assert [file.name for file in local.iterdir()] == ["a.json"]
 
 
 HOLD = """

@@ -389,6 +389,14 @@ class TestRun:
             assert torch.equal(ours, theirs)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
+    @pytest.mark.parametrize("name", ["run.lock", "record.jsonabc.tmp"])
+    def test_what_a_kill_after_the_end_leaves_is_swept_up(self, tiny: Dataset, tmp_path: Path, name: str) -> None:
+        training.run(RUNS["natural"], tiny, tmp_path)
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        (tmp_path / name).touch()
+        training.run(RUNS["natural"], tiny, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
     def test_a_lost_record_is_made_again_from_the_weights(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
