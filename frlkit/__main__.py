@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,37 @@ def sweep(
         seconds = engine.estimate(planned, runs, workers)
         time = "unknown: no run of such data and batches is finished" if seconds is None else _duration(seconds)
         click.echo(f"{len(planned)} runs, {len(planned) - left} done, {left} left; time on {workers} processes: {time}")
+
+
+@main.command(short_help="One row a method, over seeds, from the records of finished runs.")
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Write it there too: .csv or .parquet (numbers), or .md."
+)
+def table(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Print a table with one row a method, from every finished run in RUNS..., such as checkpoints/digits.
+
+    Errors in %, mean ± sd over seeds, and a bootstrap 95 % interval of the worst class.
+    """
+    from frlkit import checkpoint, documents, tables
+
+    kind = output.suffix if output else ""
+    if kind not in ("", ".csv", ".parquet", ".md"):
+        raise KitError(f"--output {output} is not allowed: use a name that ends in .csv, .parquet or .md")
+    if kind == ".parquet" and find_spec("pyarrow") is None:
+        raise KitError(f"--output {output} needs a library that is not there: pip install 'frlkit[parquet]'")
+    records = tables.collect(runs)
+    shown = tables.by_method(records)
+    text = documents.markdown(shown.columns, shown.to_numpy()) + "\n"
+    click.echo(text, nl=False)
+    if output:
+        numbers = tables.by_method(records, tables.statistics)
+        contents = {
+            ".csv": lambda: numbers.to_csv(index=False).encode(),
+            ".parquet": lambda: numbers.to_parquet(engine="pyarrow", index=False),
+            ".md": lambda: text.encode(),
+        }
+        checkpoint.write_atomically(output, contents[kind]())
 
 
 def _duration(seconds: float) -> str:

@@ -27,6 +27,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -232,15 +233,17 @@ def local(device: str = "auto", jobs: int | None = None, shares: int = 1) -> Ite
             for name in {run.config.dataset for run in group} - loaded:
                 data.load(name)  # refused, downloaded and resized once, not by every process
                 loaded.add(name)
-            place = (str(data.root().resolve()), gpus, slots)
+            place = (os.getpid(), str(data.root().resolve()), gpus, slots)
             pool = Parallel(n_jobs=workers, backend="loky", return_as="generator_unordered", batch_size=1)
             yield from pool(delayed(_here)(run, *place) for run in group)
 
         yield engine, workers
 
 
-def _here(run: Run, root: str, gpus: int, slots: str) -> tuple[Path, str, str]:
+def _here(run: Run, parent: int, root: str, gpus: int, slots: str) -> tuple[Path, str, str]:
     """Carry out a run in a process of this machine. Its progress is not shown: many would write at once."""
+    if os.getpid() != parent:
+        _end_with(parent)
     os.environ["FRLKIT_DATA"] = root
     threads, said = torch.get_num_threads(), io.StringIO()
     try:
@@ -252,6 +255,18 @@ def _here(run: Run, root: str, gpus: int, slots: str) -> tuple[Path, str, str]:
     finally:
         torch.set_num_threads(threads)
     return run.folder, "", said.getvalue()
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """End this process soon after the sweep that started it, which a kill may keep from saying so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # as safe as a kill
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)
