@@ -244,6 +244,7 @@ def _here(run: Run, parent: int, root: str, gpus: int, slots: str) -> tuple[Path
     """Carry out a run in a process of this machine. Its progress is not shown: many would write at once."""
     if os.getpid() != parent:
         _end_with(parent)
+        tqdm.set_lock(threading.RLock())  # its own lock is for several processes, and a killed one leaves it behind
     os.environ["FRLKIT_DATA"] = root
     threads, said = torch.get_num_threads(), io.StringIO()
     try:
