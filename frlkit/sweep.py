@@ -352,7 +352,7 @@ def _ray(address: str, device: str, shares: int) -> tuple[Callable[..., Any], in
 def _dask(address: str, device: str, shares: int) -> tuple[Callable[..., Any], int, Callable[[], None]]:
     from distributed import Client
 
-    client = Client(address, timeout=10)
+    client = Client(address, timeout=5)
     return (
         lambda *words: client.submit(away, *words, pure=False).result(),
         max(1, sum(client.nthreads().values())),

@@ -399,26 +399,28 @@ def test_a_notebook_reads_what_a_sweep_made(serial: Path, digits: Dataset, monke
     assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]
 
 
-def test_killed_sweeps_go_on_and_end_as_the_serial_one(serial: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_and_ends_as_the_serial_one(serial: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
 
-    def at_work() -> set[int]:
-        return {int(path.parent.name[4:]) for path in runs.rglob("checkpoint.pt")}
+    def epochs() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in runs.rglob("checkpoint.pt")}
 
-    first = start(runs, "--jobs", "2")
-    wait_for(at_work)
-    workers = psutil.Process(first.pid).children(recursive=True)
-    first.kill()  # the sweep alone: its workers have to notice
-    first.communicate()
-    assert not psutil.wait_procs(workers, timeout=30)[1]
-    assert len(list(runs.rglob("record.json"))) < 5
+    process = start(runs, "--jobs", "2")
+    wait_for(epochs)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    workers[-1].kill()  # a worker: the sweep has to replace it
+    wait_for(lambda: set(psutil.Process(process.pid).children(recursive=True)) - set(workers))
+    before = epochs()
+    wait_for(lambda: set(epochs().items()) - set(before.items()))
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # and now the sweep alone: its workers have to notice
+    process.communicate()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
-    second = start(runs, "--jobs", "2")
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("checkpoint.pt")}
-    wait_for(lambda: any(path.stat().st_mtime_ns != before.get(path) for path in runs.rglob("checkpoint.pt")))
-    worker = next(child for child in psutil.Process(second.pid).children() if child.cpu_times().user > 1)
-    worker.kill()  # and now a worker: the sweep has to replace it
-    finished(second)
+    planned = sweep.plan(written(tmp_path, SHORT), runs)
+    assert sum(run.done for run in planned) < 5
+    with sweep.local("cpu", jobs=1) as (engine, _):
+        assert sweep.sweep(planned, engine) == {}
     assert content(runs) == content(serial)
 
 
