@@ -147,7 +147,7 @@ def table(runs: tuple[Path, ...], output: Path | None) -> None:
     if kind not in ("", ".csv", ".parquet", ".md"):
         raise KitError(f"--output {output} is not allowed: use a name that ends in .csv, .parquet or .md")
     if kind == ".parquet" and find_spec("pyarrow") is None:
-        raise KitError(f"--output {output} needs a library that is not there: pip install 'frlkit[parquet]'")
+        raise KitError(f"--output {output} needs a library that is not there: pip install pyarrow")
     records = tables.collect(runs)
     shown = tables.by_method(records)
     text = documents.markdown(shown.columns, shown.to_numpy()) + "\n"

@@ -108,14 +108,22 @@ def plan(path: Path, runs: Path) -> list[Run]:
     found: dict[Path, Run] = {}
     for entry in sweep.pop("grid"):
         for run in _expand(entry, sweep, runs):
-            for one in (run.start, run):
-                if one is not None:
-                    checkpoint.refuse_other(
-                        one.folder, asdict(found.setdefault(one.folder, one).config), asdict(one.config)
-                    )
+            for one in filter(None, (run.start, run)):
+                _refuse_two(found.setdefault(one.folder, one), one)
     for run in found.values():
         _ = run.done  # refuses another run's folder
     return sorted(found.values(), key=lambda run: run.start is not None)
+
+
+def _refuse_two(one: Run, other: Run) -> None:
+    """Raise `KitError` where two runs of one folder differ."""
+    here, there = asdict(one.config), asdict(other.config)
+    for name in here:
+        if here[name] != there.get(name):
+            raise KitError(
+                f"{one.name} is asked for twice, with {name} = {here[name]!r} and {there.get(name)!r}: make them equal "
+                "(a retraining run's start_epochs are its starting run's epochs), or vary it in the grid"
+            )
 
 
 def _expand(entry: Any, defaults: dict[str, Any], runs: Path) -> Iterator[Run]:
@@ -308,9 +316,8 @@ def cluster(backend: str, address: str, device: str = "auto", shares: int = 1) -
     try:
         carry_out, workers, leave = connect(address, device, shares)
     except ImportError:
-        raise KitError(
-            f"backend = {backend!r} needs a library that is not there: pip install 'frlkit[{backend}]'"
-        ) from None
+        library = {"ray": "ray", "dask": "distributed"}[backend]
+        raise KitError(f"backend = {backend!r} needs a library that is not there: pip install {library}") from None
     except Exception as error:  # both libraries raise anything
         raise KitError(f"there is no {backend} cluster at {address} ({_sentence(error)}): see --address") from None
 

@@ -120,7 +120,7 @@ class TestCollected:
                 assert shown[f"{measure}, {name}"] == value
 
     def test_parquet(self, tmp_path: Path) -> None:
-        pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'frlkit[parquet]'")
+        pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
         for name in ("out.parquet", "out.csv"):
             assert table(SHIPPED / "trades", "--output", tmp_path / name).exit_code == 0
         found, expected = pd.read_parquet(tmp_path / "out.parquet"), pd.read_csv(tmp_path / "out.csv")
