@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,87 @@ def train(
             training.run(config, tensors, training.folder(runs, recipe, config))
     finally:
         distributed.stop()
+
+
+@main.command(short_help="Train and evaluate a grid of runs, as many at a time as there are cores.")
+@click.argument("file", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
+@click.option("--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/.")
+@click.option("--dry-run", is_flag=True, help="List the runs, what is done and left, and how long that may take.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Processes at a time here. Default: one a core, or one a GPU share."
+)
+@click.option("--shares", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time on each GPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--backend", type=click.Choice(("local", "ray", "dask")), default="local", show_default=True)
+@click.option("--address", default="", help="Of the existing cluster: HOST:PORT, ray://HOST:PORT, tcp://HOST:PORT.")
+def sweep(
+    file: Path, runs: Path, dry_run: bool, jobs: int | None, shares: int, device: str, backend: str, address: str
+) -> None:
+    """Train and evaluate every run of SWEEP.yaml (examples in sweeps/) that is not finished yet.
+
+    Each is the run that `train` and the notebooks know, in RUNS/DATASET/RECIPE/seedN, on one thread; interrupted or
+    killed, the same command goes on. A run that fails does not stop the others and is named at the end. A Ray or Dask
+    cluster needs the kit and the data (FRLKIT_DATA) on its workers, but no shared file system.
+    """
+    from frlkit import sweep as engine
+
+    if (backend == "local") == bool(address):
+        raise KitError(f"--backend {backend} with --address {address!r} is not allowed: a cluster has one, local none")
+    if jobs and backend != "local":
+        raise KitError(f"--jobs {jobs} is not allowed with --backend {backend}: the cluster has as many as it has")
+    planned = engine.plan(file, runs)
+    place = (
+        engine.local(device, jobs, shares) if backend == "local" else engine.cluster(backend, address, device, shares)
+    )
+    with place as (carry_out, workers):
+        if not dry_run:
+            failed = engine.sweep(planned, carry_out)
+            click.echo(f"{len(planned) - len(failed)} of {len(planned)} runs are finished")
+            if failed:
+                raise KitError("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
+            return
+        for run in planned:
+            click.echo(f"{'done' if run.done else 'left'}  {run.name}")
+        left = sum(not run.done for run in planned)
+        seconds = engine.estimate(planned, runs, workers)
+        time = "unknown: no run of such data and batches is finished" if seconds is None else _duration(seconds)
+        click.echo(f"{len(planned)} runs, {len(planned) - left} done, {left} left; time on {workers} processes: {time}")
+
+
+@main.command(short_help="One row a method, over seeds, from the records of finished runs.")
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Write it there too: .csv or .parquet (numbers), or .md."
+)
+def table(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Print a table with one row a method, from every finished run in RUNS..., such as checkpoints/digits.
+
+    Errors in %, mean ± sd over seeds, and a bootstrap 95 % interval of the worst class.
+    """
+    from frlkit import checkpoint, documents, tables
+
+    kind = output.suffix if output else ""
+    if kind not in ("", ".csv", ".parquet", ".md"):
+        raise KitError(f"--output {output} is not allowed: use a name that ends in .csv, .parquet or .md")
+    if kind == ".parquet" and find_spec("pyarrow") is None:
+        raise KitError(f"--output {output} needs a library that is not there: pip install pyarrow")
+    records = tables.collect(runs)
+    shown = tables.by_method(records)
+    text = documents.markdown(shown.columns, shown.to_numpy()) + "\n"
+    click.echo(text, nl=False)
+    if output:
+        numbers = tables.by_method(records, tables.statistics)
+        contents = {
+            ".csv": lambda: numbers.to_csv(index=False).encode(),
+            ".parquet": lambda: numbers.to_parquet(engine="pyarrow", index=False),
+            ".md": lambda: text.encode(),
+        }
+        checkpoint.write_atomically(output, contents[kind]())
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 @main.command()

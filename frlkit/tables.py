@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from frlkit import evaluation
+from frlkit import KitError, checkpoint, evaluation
 
 RADII = (8, 16)  # of the standard attacks, in 1/255
 MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
@@ -51,27 +53,97 @@ def classwise(errors: pd.DataFrame, recipe: str, measure: str) -> pd.DataFrame:
     return part.pivot(index="seed", columns="class", values="error")[list(dict.fromkeys(part["class"]))]
 
 
-def summary(errors: pd.DataFrame) -> pd.DataFrame:
-    """Average over classes, worst and best class of each recipe and measure in `tidy`'s table.
+def statistics(errors: pd.DataFrame) -> pd.DataFrame:
+    """Average, worst and best class of each recipe and measure in `tidy`'s table, in numbers.
 
-    Each is taken within a seed, then given as mean ± sd over seeds. The interval is the worst class's (see
-    `worst_interval`); the class named is worst in the mean over seeds. Unbalanced classes add the average over images.
+    Each is taken within a seed; its mean over seeds stands under its name, the standard deviation (n - 1; NaN for one
+    seed) under "sd". Low and high are the worst class's interval (see `worst_interval`); the class named is worst in
+    the mean over seeds. The average is over classes; where they differ in size, that over images stands beside it.
     """
     rows = {}
     for recipe, measure in dict.fromkeys(zip(errors["recipe"], errors["measure"], strict=True)):
         scores = classwise(errors, recipe, measure)
         low, high = worst_interval(errors, recipe, measure)
+        average, worst, best = scores.mean(axis=1), scores.max(axis=1), scores.min(axis=1)
         images = errors.loc[errors["recipe"] == recipe].drop_duplicates("class")["images"].to_numpy()
-        unbalanced = {"average over images": plus_minus((scores * images).sum(axis=1) / images.sum())}
+        over = (scores * images).sum(axis=1) / images.sum()
+        unbalanced = {"average over images": over.mean(), "average over images sd": over.std()}
         rows[recipe, measure] = {
-            "average": plus_minus(scores.mean(axis=1)),
+            **{"average": average.mean(), "average sd": average.std()},
             **(unbalanced if len(set(images)) > 1 else {}),
-            "worst": plus_minus(scores.max(axis=1)),
-            "worst, 95 %": f"{low:.1f} to {high:.1f}",
-            "best": plus_minus(scores.min(axis=1)),
-            "worst class": scores.mean().idxmax(),
+            **{"worst": worst.mean(), "worst sd": worst.std(), "worst low": low, "worst high": high},
+            **{"best": best.mean(), "best sd": best.std(), "worst class": scores.mean().idxmax()},
         }
-    return pd.DataFrame(rows).T
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def summary(errors: pd.DataFrame) -> pd.DataFrame:
+    """`statistics` to read: mean ± sd with one decimal, and the worst class's interval."""
+    return pd.DataFrame(
+        {
+            key: {
+                **{
+                    name: _plus_minus(row[name], row[f"{name} sd"])
+                    for name in ("average", "average over images")
+                    if name in row
+                },
+                "worst": _plus_minus(row["worst"], row["worst sd"]),
+                "worst, 95 %": f"{row['worst low']:.1f} to {row['worst high']:.1f}",
+                "best": _plus_minus(row["best"], row["best sd"]),
+                "worst class": row["worst class"],
+            }
+            for key, row in statistics(errors).iterrows()
+        }
+    ).T
+
+
+def collect(paths: Sequence[Path]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The records of all finished runs in these folders: data set -> recipe -> one per seed.
+
+    Raises `KitError` where a folder has none, a file is no run's record, or runs of one recipe differ in more than
+    their seeds, so that no mean over them makes sense.
+    """
+    found: dict[str, dict[str, dict[int, Path]]] = {}
+    for path in paths:
+        files = sorted(path.rglob("record.json"))
+        if not files:
+            raise KitError(f"there are no finished runs in {path}: name a folder that train or sweep has written to")
+        for file in dict.fromkeys(file.resolve() for file in files):
+            record = evaluation.read_record(file)
+            if not {"config", "natural", "attacks"} <= set(record):
+                raise KitError(f"{file} is no record of a run: name a folder that train or sweep has written to")
+            recipe, config = file.parent.parent.name, record["config"]
+            seeds = found.setdefault(config["dataset"], {}).setdefault(recipe, {})
+            if seeds.setdefault(config["seed"], file) != file:
+                raise KitError(f"{file} and {seeds[config['seed']]} are the same seed: name the folder of one of them")
+    records: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for dataset, recipes in found.items():
+        for recipe, seeds in recipes.items():
+            kept = [evaluation.read_record(seeds[seed]) for seed in sorted(seeds)]
+            for seed, record in zip(sorted(seeds), kept, strict=True):
+                checkpoint.refuse_other(seeds[seed], record["config"], {**kept[0]["config"], "seed": seed})
+            records.setdefault(dataset, {})[recipe] = kept
+    return records
+
+
+def by_method(
+    records: Mapping[str, Records], measured: Callable[[pd.DataFrame], pd.DataFrame] = summary
+) -> pd.DataFrame:
+    """One row per data set and recipe of `collect`'s records: how many seeds, and each measure's `summary`.
+
+    With `statistics` as `measured`, the same in numbers.
+    """
+    rows = []
+    for dataset, recipes in records.items():
+        table = measured(tidy(recipes))
+        for recipe, seeds in recipes.items():
+            cells = {
+                f"{measure}, {name}": value
+                for measure in MEASURES
+                for name, value in table.loc[recipe, measure].items()
+            }
+            rows.append({"dataset": dataset, "recipe": recipe, "seeds": len(seeds), **cells})
+    return pd.DataFrame(rows)
 
 
 def worst_interval(errors: pd.DataFrame, recipe: str, measure: str, draws: int = 2000) -> tuple[float, float]:
@@ -148,5 +220,8 @@ def rank_correlation(difficulty: pd.Series, target: pd.Series) -> dict[str, floa
 
 def plus_minus(values: Sequence[float] | pd.Series) -> str:
     """``mean ± sd`` with one decimal; the sd (n - 1) is left out where there is only one value."""
-    mean = f"{np.mean(values):.1f}"
-    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
+    return _plus_minus(np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan)
+
+
+def _plus_minus(mean: float, sd: float) -> str:
+    return f"{mean:.1f}" if math.isnan(sd) else f"{mean:.1f} ± {sd:.1f}"

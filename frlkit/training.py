@@ -232,6 +232,13 @@ def folder(runs: Path, recipe: str, config: Config) -> Path:
     return runs / folder_name(config.dataset) / recipe / f"seed{config.seed}"
 
 
+def start_of(config: FairConfig, folder: Path) -> tuple[Config, Path]:
+    """The run that the retraining run in `folder` starts from: its configuration, and its folder beside that one."""
+    shared = {"epochs": config.start_epochs, "batch_size": config.batch_size, "model": config.model}
+    start = configure(config.start, config.dataset, config.seed, **shared)
+    return start, folder.parents[1] / config.start / folder.name
+
+
 def loss(
     model: nn.Module,
     x: Tensor,
@@ -502,12 +509,10 @@ def _train(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
 
 def _starting_model(config: Config, data: Dataset, folder: Path) -> nn.Module:
     """A network drawn from the seed, or for a retraining run the finished run it starts from, trained if missing."""
-    device = data.train.labels.device
-    if not isinstance(config, FairConfig):
-        return models.build(config.model, len(data.class_names), seed=config.seed).to(device)
-    shared = {"epochs": config.start_epochs, "batch_size": config.batch_size, "model": config.model}
-    start = configure(config.start, config.dataset, config.seed, **shared)
-    return run(start, data, folder.parents[1] / config.start / folder.name)
+    if isinstance(config, FairConfig):
+        start, place = start_of(config, folder)
+        return run(start, data, place)
+    return models.build(config.model, len(data.class_names), seed=config.seed).to(data.train.labels.device)
 
 
 def _validation_errors(model: nn.Module, data: Dataset, attack: Attack = evaluation.STANDARD[0]) -> dict[str, Any]:

@@ -1,0 +1,566 @@
+"""A sweep: what a file expands to, what is refused, and that kills and clusters change nothing about the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from frlkit import PROJECT, KitError, checkpoint, data, sweep, training
+from frlkit.__main__ import main
+from frlkit.data import Dataset
+from frlkit.sweep import Run
+
+#: Five short runs on the digits: three alone, one that another one starts from, and that one.
+SHORT = """
+dataset: digits
+grid:
+  - recipe: natural
+    seed: [0, 1, 2]
+    values: {epochs: 8, batch_size: 100}
+  - recipe: uniform
+    steps: 2
+    values: {epochs: 2, start_epochs: 2, batch_size: 100}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [*map(str, words)])
+
+
+def names(planned: Sequence[Run]) -> list[str]:
+    return [run.name for run in planned]
+
+
+class TestPlan:
+    def test_every_combination_under_the_notebooks_names(self, tmp_path: Path) -> None:
+        text = "grid: [{recipe: report_reweight, alpha_nat: [1, 5.0], alpha_bdy: [0.5, 5], seed: [0, 2]}]"
+        planned = sweep.plan(written(tmp_path, text), tmp_path)
+        pairs = [("1", "0.5"), ("1", "5"), ("5", "0.5"), ("5", "5")]
+        recipes = [f"report_reweight,alpha_nat={a},alpha_bdy={b}" for a, b in pairs]
+        expected = [f"fashion_mnist/{recipe}/seed{seed}" for seed in (0, 2) for recipe in recipes]
+        starts = ["fashion_mnist/pgd_at/seed0", "fashion_mnist/pgd_at/seed2"]
+        assert names(planned) == starts + expected
+        run = planned[-1]
+        assert run.config == training.configure(run.recipe, "fashion_mnist", 2)
+        assert run.folder == training.folder(tmp_path, run.recipe, run.config)
+
+    def test_defaults_and_what_an_entry_sets_itself(self, tmp_path: Path) -> None:
+        text = """
+        dataset: digits
+        seed: [3, 4]
+        values: {epochs: 2}
+        grid:
+          - {recipe: [natural, trades], values: {epochs: 9, lr: 0.01}}
+          - {recipe: pgd_at, seed: 0, dataset: [digits, fashion_mnist]}
+        """
+        planned = sweep.plan(written(tmp_path, text), tmp_path)
+        found = {run.name: (run.config.epochs, run.config.lr) for run in planned}
+        own = {f"digits/{recipe}/seed{seed}": (9, 0.01) for recipe in ("natural", "trades") for seed in (3, 4)}
+        assert found == {**own, "digits/pgd_at/seed0": (2, 1e-3), "fashion_mnist/pgd_at/seed0": (2, 1e-3)}
+
+    def test_the_papers_symbols(self, tmp_path: Path) -> None:
+        text = "grid: [{recipe: algorithm1_both, alpha1: 1, alpha2: 2, tau: 0.1, eps: 4}]"
+        run = sweep.plan(written(tmp_path, text), tmp_path)[-1]
+        assert run.recipe == "algorithm1_both,alpha_nat=1,alpha_bdy=2,tau_nat=0.1,tau_bdy=0.1,eps_255=4"
+
+    def test_numbers_keep_their_digits(self, tmp_path: Path) -> None:
+        run = sweep.plan(written(tmp_path, "grid: [{recipe: natural, lr: 0.00123456789}]"), tmp_path)[0]
+        assert run.config.lr == 0.00123456789
+
+    def test_a_starting_run_comes_once_and_first(self, tmp_path: Path) -> None:
+        text = "grid: [{recipe: [uniform, dafa], values: {start_epochs: 3}}, {recipe: pgd_at, values: {epochs: 3}}]"
+        planned = sweep.plan(written(tmp_path, text), tmp_path)
+        assert [run.recipe for run in planned] == ["pgd_at", "uniform", "dafa"]
+        assert planned[1].start == planned[0]
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("grid: [", "cannot be read"),
+            ("\x00", "cannot be read"),
+            ("", "has no grid"),
+            ("[1, 2]", "has no grid"),
+            ("grid: []", "has no grid"),
+            ("grid: {recipe: natural}", "has no grid"),
+            ("{grid: [{recipe: natural}], sed: 1}", "'sed' is no key of a sweep beside its grid: use grid, dataset"),
+            ("grid: [natural]", "'natural' is no entry of a grid"),
+            ("grid: [{seed: 1}]", "is no entry of a grid"),
+            ("grid: [{recipe: fgsm}]", "recipe = 'fgsm' is unknown: use one of natural"),
+            ("grid: [{recipe: 3}]", "recipe = '3' is unknown"),
+            ("grid: [{recipe: natural, colour: red}]", "'colour' is no field of a run of natural: use method"),
+            ("grid: [{recipe: natural, 7: red}]", "'7' is no field of a run of natural"),
+            ("grid: [{recipe: natural, alpha1: 2}]", "'alpha_nat' is no field of a run of natural"),
+            ("grid: [{recipe: natural, values: {colour: red}}]", "'colour' is no field of a run of natural"),
+            ("grid: [{recipe: natural, values: 3}]", "values = 3 is not allowed: use fields and values"),
+            ("grid: [{recipe: natural, seed: []}]", "seed = [] is not allowed in a grid"),
+            ("grid: [{recipe: natural, seed: one}]", "seed = 'one' is not allowed: use a int"),
+            ("grid: [{recipe: natural, seed: -1}]", "seed = -1 is not allowed"),
+            ("grid: [{recipe: natural, dataset: mnist}]", "dataset = 'mnist' is unknown"),
+            ("grid: [{recipe: natural, model: vgg}]", "model = 'vgg' is unknown"),
+            ("grid: [{recipe: uniform, tau_nat: [0.1, many]}]", "tau_nat = 'many' is not allowed: use a float"),
+            ("grid: [{recipe: uniform, tau_nat: [0.1, 2]}]", "tau_nat = 2.0 is not allowed"),
+            ("grid: [{recipe: uniform, eps_255: .nan}]", "eps_255 = nan is not allowed"),
+            ("grid: [{recipe: uniform, step: [[own]]}]", "step = \"['own']\" is unknown"),
+            (
+                "grid: [{recipe: pgd_at, values: {epochs: 3}}, {recipe: uniform}]",
+                "asked for twice, with epochs = 3 and 15",
+            ),
+            ("grid: [{recipe: pgd_at}, {recipe: pgd_at, values: {lr: 0.1}}]", "twice, with lr = 0.001 and 0.1"),
+        ],
+    )
+    def test_refused_in_one_sentence_before_anything_starts(self, tmp_path: Path, text: str, said: str) -> None:
+        runs = tmp_path / "runs"
+        result = call("sweep", written(tmp_path, text), "--runs", runs)
+        assert result.exit_code == 1
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.stdout == ""
+        assert said in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert not runs.exists()
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--jobs", "0"], "--jobs"),
+            (["--shares", "0"], "--shares"),
+            (["--device", "tpu"], "device = 'tpu' is unknown"),
+            (["--backend", "slurm"], "--backend"),
+            (["--backend", "dask"], "--backend dask with --address '' is not allowed"),
+            (["--address", "here:1"], "--backend local with --address 'here:1' is not allowed"),
+            (["--backend", "ray", "--address", "here:1", "--jobs", "2"], "--jobs 2 is not allowed with --backend ray"),
+        ],
+    )
+    def test_bad_options(self, tmp_path: Path, words: list[str], said: str) -> None:
+        result = call("sweep", written(tmp_path, SHORT), "--runs", tmp_path / "runs", *words)
+        assert result.exit_code != 0
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert said in result.stderr
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(KitError, match=r"none\.yaml cannot be read"):
+            sweep.plan(tmp_path / "none.yaml", tmp_path)
+
+    def test_a_folder_that_holds_another_run(self, tmp_path: Path) -> None:
+        path = written(tmp_path, "grid: [{recipe: natural, dataset: digits}]")
+        (run,) = sweep.plan(path, tmp_path)
+        finish(run, config={"epochs": 3})
+        with pytest.raises(KitError, match="epochs is 3 there and 15 here"):
+            sweep.plan(path, tmp_path)
+
+    def test_a_record_with_one_attack_is_not_done(self, tmp_path: Path) -> None:
+        (run,) = sweep.plan(written(tmp_path, "grid: [{recipe: natural, dataset: digits}]"), tmp_path)
+        assert not run.done
+        finish(run)
+        assert run.done
+        record = json.loads((run.folder / "record.json").read_text())
+        (run.folder / "record.json").write_text(json.dumps({**record, "attacks": record["attacks"][:1]}))
+        assert not run.done
+
+
+class TestShipped:
+    @pytest.mark.parametrize("path", sorted((PROJECT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_fits_the_shipped_runs(self, path: Path) -> None:
+        assert sweep.plan(path, PROJECT / "checkpoints")  # refuses a configuration other than a shipped run's
+
+    def test_five_seeds_of_everything_that_the_notebooks_read(self) -> None:
+        planned = sweep.plan(PROJECT / "sweeps" / "five_seeds.yaml", PROJECT / "checkpoints")
+        shipped = {path.name for path in (PROJECT / "checkpoints" / "fashion_mnist").iterdir()}
+        assert {run.recipe for run in planned} == shipped
+        assert len(planned) == 5 * len(shipped)
+
+    def test_the_digits_sweep_has_forty_runs(self) -> None:
+        assert len(sweep.plan(PROJECT / "sweeps" / "digits.yaml", PROJECT / "checkpoints")) >= 40
+
+
+def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str, Any] | None = None) -> None:
+    """What a finished run leaves, as far as a plan looks at it."""
+    from dataclasses import asdict
+
+    from frlkit.evaluation import STANDARD
+
+    made = {**asdict(run.config), **(config or {})}
+    run.folder.mkdir(parents=True)
+    (run.folder / "weights.pt").touch()
+    attacks = [{"attack": asdict(attack)} for attack in STANDARD]
+    (run.folder / "record.json").write_text(json.dumps({"config": made, "attacks": attacks}))
+    history = {"config": made, "threads": threads, "epochs": [{"seconds": seconds}] * run.config.epochs}
+    (run.folder / "history.json").write_text(json.dumps(history))
+
+
+class TestDryRun:
+    TEXT = "{dataset: digits, grid: [{recipe: natural, seed: [0, 1, 2, 3], values: {epochs: 10}}, {recipe: trades}]}"
+
+    def test_lists_and_estimates_and_starts_nothing(self, tmp_path: Path) -> None:
+        path, runs = written(tmp_path, self.TEXT), tmp_path / "runs"
+        for run in sweep.plan(path, runs)[:2]:
+            finish(run, seconds=60)
+        before = sorted(runs.rglob("*"))
+        result = call("sweep", path, "--runs", runs, "--dry-run", "--jobs", 2)
+        assert result.exit_code == 0, result.output
+        *listed, last = result.stdout.splitlines()
+        done = [f"done  digits/natural/seed{seed}" for seed in (0, 1)]
+        left = [f"left  digits/natural/seed{seed}" for seed in (2, 3)]
+        assert listed == [*done, *left, "left  digits/trades/seed0"]
+        # 20 epochs of natural and 15 of trades, a minute each as there are no others, on two processes
+        assert last == "5 runs, 2 done, 3 left; time on 2 processes: about 18 min"
+        assert sorted(runs.rglob("*")) == before
+
+    def test_nothing_finished(self, tmp_path: Path) -> None:
+        result = call("sweep", written(tmp_path, self.TEXT), "--runs", tmp_path / "runs", "--dry-run")
+        assert "5 runs, 0 done, 5 left" in result.stdout
+        assert "unknown" in result.stdout
+        assert not (tmp_path / "runs").exists()
+
+    def test_an_estimate_by_hand(self, tmp_path: Path) -> None:
+        planned = sweep.plan(written(tmp_path, self.TEXT), tmp_path)
+        finish(planned[0], seconds=3, threads=2)
+        finish(planned[-1], seconds=100)
+        assert sweep.estimate(planned, tmp_path, 4) == 3 * 10 * 3 * 2 / 4  # natural's own, as one thread takes it
+
+
+class TestLoop:
+    """The loop over runs, with engines that only pretend."""
+
+    @pytest.fixture
+    def planned(self, tmp_path: Path) -> list[Run]:
+        text = "{dataset: digits, grid: [{recipe: natural, seed: [0, 1, 2]}, {recipe: uniform, seed: [0, 1]}]}"
+        return sweep.plan(written(tmp_path, text), tmp_path / "runs")
+
+    def test_a_failed_run_stops_only_what_starts_from_it(self, planned: list[Run]) -> None:
+        asked = []
+
+        def engine(group: Sequence[Run]) -> Iterator[tuple[Path, str, str]]:
+            for run in group:
+                asked.append(run.name)
+                if run.name == "digits/pgd_at/seed1":
+                    yield run.folder, "the disk is full", ""
+                else:
+                    finish(run)
+                    yield run.folder, "", ""
+
+        failed = sweep.sweep(planned, engine)
+        assert failed == {
+            "digits/pgd_at/seed1": "the disk is full",
+            "digits/uniform/seed1": "digits/pgd_at/seed1, which it starts from, failed",
+        }
+        assert asked == [run.name for run in planned if run.name != "digits/uniform/seed1"]
+        asked.clear()
+        assert sweep.sweep(planned, engine) == failed
+        assert asked == ["digits/pgd_at/seed1"]  # only what is missing
+
+    def test_a_run_that_kills_its_process_does_not_stop_the_others(self, planned: list[Run]) -> None:
+        deadly, groups = planned[1], []
+
+        def engine(group: Sequence[Run]) -> Iterator[tuple[Path, str, str]]:
+            groups.append(len(group))
+            if deadly in group[:2]:  # two processes: it dies before anything is finished
+                raise TerminatedWorkerError("killed")
+            for run in group:
+                if run is deadly:
+                    raise TerminatedWorkerError("killed")
+                finish(run)
+                yield run.folder, "", ""
+
+        assert list(sweep.sweep(planned, engine)) == [deadly.name]
+        assert all(run.done for run in planned if run is not deadly)
+        assert len(groups) < 10
+
+    def test_what_runs_say_is_passed_on(self, planned: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
+        def engine(group: Sequence[Run]) -> Iterator[tuple[Path, str, str]]:
+            for run in group:
+                finish(run)
+                yield run.folder, "", f"a warning of {run.recipe}\n" if run.start else ""
+
+        assert sweep.sweep(planned, engine) == {}
+        out = capsys.readouterr().out.splitlines()
+        assert "digits/uniform/seed0: a warning of uniform" in out
+        assert out[0] == "1/7 digits/natural/seed0 finished"
+        assert out[-1] == "7/7 digits/uniform/seed1 finished"
+
+
+class TestHere:
+    """Runs in this very process: one job."""
+
+    def test_failures_are_told_at_the_end(self, tmp_path: Path) -> None:
+        text = """
+        dataset: digits
+        grid:
+          - {recipe: one_class, chosen: [99, 3], values: {epochs: 1, start_epochs: 1, steps: 1}}
+        """
+        result = call("sweep", written(tmp_path, text), "--runs", tmp_path / "runs", "--jobs", 1)
+        assert result.exit_code == 1
+        assert "2 of 3 runs are finished" in result.stdout
+        why = "chosen = 99 is not allowed: the classes are 0 to 9"
+        assert result.stderr == f"Error: digits/one_class,chosen=99/seed0 failed: {why}\n"
+
+    def test_ctrl_c(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "run", run)
+        result = call("sweep", written(tmp_path, SHORT), "--runs", tmp_path / "runs", "--jobs", 1)
+        assert result.exit_code == 1
+        assert result.stderr == "Error: interrupted; the same command goes on from here\n"
+
+    def test_data_that_are_nowhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torchvision
+
+        def download(self: Any) -> None:
+            raise RuntimeError("no route to host")
+
+        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", download)
+        monkeypatch.setenv("FRLKIT_DATA", str(tmp_path / "no data"))
+        result = call("sweep", written(tmp_path, "grid: [{recipe: natural}]"), "--runs", tmp_path / "runs", "--jobs", 2)
+        assert result.exit_code == 1
+        assert "set FRLKIT_DATA" in result.stderr
+        assert not (tmp_path / "runs").exists()
+
+
+def test_processes_take_different_shares_of_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken = [sweep._gpu.__wrapped__(4, str(tmp_path)) for _ in range(3)]
+    assert taken == ["cuda:0", "cuda:1", "cuda:0"]
+    sweep._held.pop(1).release()  # as when its process ends
+    assert sweep._gpu.__wrapped__(4, str(tmp_path)) == "cuda:1"
+    sweep._held.clear()
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short sweep's runs, one after the other, in this process."""
+    folder = tmp_path_factory.mktemp("serial")
+    planned = sweep.plan(written(folder, SHORT), folder / "runs")
+    with sweep.local("cpu", jobs=1) as (engine, _):
+        assert sweep.sweep(planned, engine) == {}
+    return folder / "runs"
+
+
+def content(runs: Path) -> dict[str, Any]:
+    """All that a sweep has made, but for the time it took: weights bit for bit."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in runs.rglob("*") if path.is_file()):
+        name = str(path.relative_to(runs))
+        if path.name == "weights.pt":
+            found[name] = checkpoint.digest(checkpoint.read(path))
+        else:
+            found[name] = json.loads(path.read_text())
+            for epoch in found[name].get("epochs", []):
+                del epoch["seconds"]
+    return found
+
+
+def start(runs: Path, *words: str) -> subprocess.Popen[str]:
+    """The short sweep in a process group of its own."""
+    command = [sys.executable, "-m", "frlkit", "sweep", str(written(runs.parent, SHORT)), "--runs", str(runs), *words]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def finished(process: subprocess.Popen[str]) -> None:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.endswith("5 of 5 runs are finished\n")
+
+
+def test_a_notebook_reads_what_a_sweep_made(serial: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_epoch(*_: Any) -> Any:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
+    values = {"epochs": 8, "batch_size": 100}
+    records, _ = training.study(["natural"], [0, 1, 2], "digits", serial, digits, **values)
+    assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]
+
+
+def test_a_killed_sweep_goes_on_and_ends_as_the_serial_one(serial: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+
+    def epochs() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in runs.rglob("checkpoint.pt")}
+
+    process = start(runs, "--jobs", "2")
+    wait_for(epochs)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    workers[-1].kill()  # a worker: the sweep has to replace it
+    wait_for(lambda: set(psutil.Process(process.pid).children(recursive=True)) - set(workers))
+    before = epochs()
+    wait_for(lambda: set(epochs().items()) - set(before.items()))
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # and now the sweep alone: its workers have to notice
+    process.communicate()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+    planned = sweep.plan(written(tmp_path, SHORT), runs)
+    assert sum(run.done for run in planned) < 5
+    with sweep.local("cpu", jobs=1) as (engine, _):
+        assert sweep.sweep(planned, engine) == {}
+    assert content(runs) == content(serial)
+
+
+def test_ctrl_c_ends_everything_in_one_sentence(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    process = start(runs, "--jobs", "2")
+    wait_for(lambda: list(runs.rglob("checkpoint.pt")))
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err == "Error: interrupted; the same command goes on from here\n"
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """A worker's: its own cache, where runs are at work, with the native kernel that this machine has built already."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit"
+    (cache / "frlkit").mkdir(parents=True)
+    for library in usual.glob("lenet5-*"):
+        shutil.copy(library, cache / "frlkit")
+    # Ray's workers are "nice" to everyone else, and so never get to run on a busy machine.
+    quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    return {**os.environ, **quiet, "PYTHONPATH": str(PROJECT), "XDG_CACHE_HOME": str(cache)}
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a server with a cache of its own, which ends with the test, and with it whatever it has started."""
+    started: list[subprocess.Popen[bytes]] = []
+    with (tmp_path / "log").open("wb") as log:
+
+        def begin(*command: str | Path, cache: str) -> subprocess.Popen[bytes]:
+            settings = environment(tmp_path / cache)
+            started.append(subprocess.Popen(command, env=settings, stdout=log, stderr=log, cwd=tmp_path))
+            return started[-1]
+
+        yield begin
+        for process in reversed(started):
+            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.terminate()
+            for left in psutil.wait_procs(family, timeout=10)[1]:
+                left.kill()
+            process.wait(timeout=60)
+
+
+def test_dask_with_a_worker_killed(serial: Path, tmp_path: Path, serve: Callable[..., subprocess.Popen[bytes]]) -> None:
+    pytest.importorskip("distributed", reason="needs Dask: pip install distributed")
+    address, dask = f"tcp://127.0.0.1:{free_port()}", (sys.executable, "-m", "dask")
+    serve(*dask, "scheduler", "--host", address, "--no-dashboard", cache="scheduler")
+    words = (*dask, "worker", address, "--no-nanny", "--nthreads", "1", "--no-dashboard")
+    doomed, _ = (serve(*words, cache=name) for name in ("doomed", "other"))
+    sweeping = start(tmp_path / "runs", "--backend", "dask", "--address", address)
+    wait_for(lambda: list((tmp_path / "doomed").rglob("checkpoint.pt")))
+    doomed.kill()
+    finished(sweeping)
+    assert content(tmp_path / "runs") == content(serial)
+    assert not list((tmp_path / "other" / "frlkit").glob("runs/*"))  # sent back, and tidied up
+
+
+def test_ray_with_a_worker_killed(serial: Path, tmp_path: Path, serve: Callable[..., subprocess.Popen[bytes]]) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install ray")
+    port, ray = free_port(), Path(sys.executable).with_name("ray")
+    words = ("--head", "--block", "--port", str(port), "--node-ip-address", "127.0.0.1", "--num-cpus", "2")
+    small = ("--include-dashboard=false", "--disable-usage-stats", "--object-store-memory", str(10**8))
+    head = serve(ray, "start", *words, *small, cache="cache")
+    wait_for(lambda: b"Ray runtime started" in (tmp_path / "log").read_bytes())
+    sweeping = start(tmp_path / "runs", "--backend", "ray", "--address", f"127.0.0.1:{port}")
+    wait_for(lambda: list((tmp_path / "cache").rglob("checkpoint.pt")))
+    family = psutil.Process(head.pid).children(recursive=True)
+    next(child for child in family if "ray::away" in " ".join(child.cmdline())).kill()
+    finished(sweeping)
+    assert content(tmp_path / "runs") == content(serial)
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("distributed", reason="needs Dask: pip install distributed")
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with pytest.raises(KitError, match=f"there is no dask cluster at {address}"), sweep.cluster("dask", address):
+        raise AssertionError("entered")
+
+
+def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(KitError, match=r"pip install ray"), sweep.cluster("ray", "127.0.0.1:1"):
+        raise AssertionError("entered")
+
+
+class TestAway:
+    """A run as a cluster's worker carries it out."""
+
+    @pytest.fixture
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        environment(tmp_path / "cache")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache" / "frlkit"
+
+    def test_a_retraining_run_from_what_was_sent(self, serial: Path, cache: Path, tmp_path: Path) -> None:
+        run = sweep.plan(written(tmp_path, SHORT), serial)[-1]
+        sent = {name: (run.start.folder / name).read_bytes() for name in sweep.FILES}
+        files, error = sweep.away(run.recipe, run.config, sent, "cpu")
+        assert error == ""
+        assert files["record.json"] == (run.folder / "record.json").read_bytes()
+        assert files["weights.pt"] == (run.folder / "weights.pt").read_bytes()
+        assert not list(cache.glob("runs/*"))
+
+    def test_goes_on_from_its_last_epoch(
+        self, serial: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run, trained = sweep.plan(written(tmp_path, SHORT), serial)[0], []
+        original = training.train_epoch
+
+        def train_epoch(*words: Any) -> Any:
+            trained.append(words[4])
+            if len(trained) == 4:
+                raise MemoryError("no memory left")
+            return original(*words)
+
+        monkeypatch.setattr(training, "train_epoch", train_epoch)
+        assert sweep.away(run.recipe, run.config, {}, "cpu") == ({}, "MemoryError: no memory left")
+        files, error = sweep.away(run.recipe, run.config, {}, "cpu")
+        assert (error, trained) == ("", [0, 1, 2, 3, 3, 4, 5, 6, 7])
+        assert files["weights.pt"] == (run.folder / "weights.pt").read_bytes()
+
+    def test_data_that_are_nowhere(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(name: str, **_: Any) -> Dataset:
+            raise data.DataUnavailableError("set FRLKIT_DATA")
+
+        monkeypatch.setattr(sweep, "_data", load)
+        monkeypatch.setattr(data, "load", load)
+        config = training.configure("natural", "digits", 0)
+        monkeypatch.setattr(sweep, "_data", lambda *words: load(words[0]))
+        assert sweep.away("natural", config, {}, "cpu") == ({}, "set FRLKIT_DATA")
