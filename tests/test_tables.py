@@ -154,7 +154,7 @@ class TestCollected:
 
     def test_overlapping_folders_count_once(self) -> None:
         records = tables.collect([SHIPPED / "dafa", SHIPPED / "dafa" / "seed0"])
-        assert len(records["fashion_mnist"]["dafa"]) == 3
+        assert len(records["fashion_mnist"]["dafa"]) == len(list((SHIPPED / "dafa").glob("seed*/record.json")))
 
     @pytest.mark.parametrize(
         ("change", "said"),
