@@ -241,18 +241,34 @@ def local(device: str = "auto", jobs: int | None = None, shares: int = 1) -> Ite
             for name in {run.config.dataset for run in group} - loaded:
                 data.load(name)  # refused, downloaded and resized once, not by every process
                 loaded.add(name)
-            place = (os.getpid(), str(data.root().resolve()), gpus, slots)
-            pool = Parallel(n_jobs=workers, backend="loky", return_as="generator_unordered", batch_size=1)
+            place = (str(data.root().resolve()), gpus, slots)
+            pool = Parallel(
+                n_jobs=workers,
+                backend="loky",
+                return_as="generator_unordered",
+                batch_size=1,
+                initializer=_begin,
+                initargs=(os.getpid(),),
+            )
             yield from pool(delayed(_here)(run, *place) for run in group)
 
         yield engine, workers
 
 
-def _here(run: Run, parent: int, root: str, gpus: int, slots: str) -> tuple[Path, str, str]:
+def _begin(parent: int) -> None:
+    """Ready a process of this machine: it ends soon after the sweep's, which a kill may keep from saying so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # as safe as a kill
+
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own lock is for several processes, and a killed one leaves it behind
+
+
+def _here(run: Run, root: str, gpus: int, slots: str) -> tuple[Path, str, str]:
     """Carry out a run in a process of this machine. Its progress is not shown: many would write at once."""
-    if os.getpid() != parent:
-        _end_with(parent)
-        tqdm.set_lock(threading.RLock())  # its own lock is for several processes, and a killed one leaves it behind
     os.environ["FRLKIT_DATA"] = root
     threads, said = torch.get_num_threads(), io.StringIO()
     try:
@@ -264,18 +280,6 @@ def _here(run: Run, parent: int, root: str, gpus: int, slots: str) -> tuple[Path
     finally:
         torch.set_num_threads(threads)
     return run.folder, "", said.getvalue()
-
-
-@functools.cache
-def _end_with(parent: int) -> None:
-    """End this process soon after the sweep that started it, which a kill may keep from saying so."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # as safe as a kill
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)
