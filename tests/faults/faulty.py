@@ -294,7 +294,7 @@ class Stage:
         return runs
 
     def moments(self, recipe: str, kind: str = "SIGKILL", seed: int = 0) -> Iterator[Fault]:
-        """Random moments, each once: every line of the kit that the run passes is as likely, then every time it passes."""
+        """Random moments, each once: first a line of the kit that the run passes, then which time it passes."""
         self.straight(recipe)
         survey, chance = self.surveys[recipe], random.Random(f"{recipe} {kind} {seed}")
         seen = set()
