@@ -1,5 +1,6 @@
 # reproduce: the study, end to end · retrain: from nothing (PROFILE=smoke: tiny)
-# test: the whole suite · faults: runs that are killed, starved of disk, fed damaged files · bench: speed
+# test: the whole suite · faults: runs that are killed, starved of disk, fed damaged files
+# mutants: does a test notice each of many seeded faults · bench: speed
 PYTHON  ?= python3
 DATASET ?= fashion_mnist
 PROFILE ?=
@@ -11,7 +12,7 @@ ifdef FRLKIT_DATA
 export FRLKIT_DATA := $(abspath $(FRLKIT_DATA))
 endif
 
-.PHONY: reproduce retrain bench test faults
+.PHONY: reproduce retrain bench test faults mutants
 reproduce: .venv/ready
 	$(RUN) -m frlkit reproduce --dataset $(DATASET) --profile "$(PROFILE)"
 
@@ -23,6 +24,9 @@ bench: .venv/ready-test
 
 faults: .venv/ready-test
 	$(RUN) tests/faults/campaign.py
+
+mutants: .venv/ready-test
+	$(RUN) tests/mutants.py
 
 test: .venv/ready-test
 	$(RUN) -m ruff check .

@@ -199,7 +199,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises
     ------
     KitError
-        No such file, more than plain tensors in it, shapes that differ (the first is named), or values not finite.
+        No such file, more than plain tensors in it, shapes or kinds that differ (the first is named), or values that
+        are not finite.
     """
     content = checkpoint.load_plain(path)
     tensors = _tensors(content)
@@ -214,9 +215,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise KitError(
                 f"{path} does not fit {type(model).__name__}: {name} has shape {shape}, the file's is {found}"
             )
+        if not _plain(tensors[name]) or tensors[name].is_floating_point() != target.is_floating_point():
+            raise KitError(
+                f"{path} has a tensor of type {tensors[name].dtype} that is not plain for {name}: save floats"
+            )
         if not bool(tensors[name].isfinite().all()):
             raise KitError(f"{path} has NaN or infinite values in the tensor that stands for {name}")
     model.load_state_dict(tensors)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:

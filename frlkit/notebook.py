@@ -96,7 +96,8 @@ def list_of(rule: Rule) -> Rule:
     """A non-empty list without repeats whose items all pass `rule` (with papermill: -y "NAME: [a, b]")."""
 
     def check(value: Any) -> list[Any]:
-        if not isinstance(value, list) or not value or len(set(map(repr, value))) < len(value):
+        repeats = isinstance(value, list) and any(item in value[:place] for place, item in enumerate(value))
+        if not isinstance(value, list) or not value or repeats:
             raise ValueError('a non-empty list without repeats (with papermill: -y "NAME: [a, b]")')
         try:
             return [rule(item) for item in value]
@@ -151,10 +152,14 @@ def folder(path: str, default: str, *, drive: bool = False) -> Path:
     """The folder a parameter names: relative to the working directory; empty means `default` in the project.
 
     With `drive`, Google Drive is mounted and its ``frlkit`` folder holds a copy of everything that is written there,
-    so that runs outlive a Colab session; what it holds already is taken over first (see `checkpoint.mirror`).
+    so that runs outlive a Colab session; what it holds already is taken over first (see `checkpoint.mirror`). Raises
+    `ParameterError` where the text cannot be a path, and `KitError` where there is no Drive.
     """
     if path:
-        return Path(path).expanduser().resolve()
+        try:
+            return Path(path).expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # of another user who is unknown, with a null character
+            raise ParameterError(f"{path!r} is no folder ({error}): name another, or leave it empty") from None
     if drive:
         try:
             from google.colab import drive as google_drive

@@ -55,7 +55,7 @@ def reproduce(dataset: str, output: Path, *, retrain: bool = False, profile: str
     os.environ["FRLKIT_DATA"] = str(data.root().resolve())  # the kernels run in another folder
     jobs = list(plan(dataset, output, retrain, profile))
     done_file = output / "done.json"
-    done = json.loads(done_file.read_text()) if done_file.exists() else {}
+    done = _noted(done_file)
     tables = []
     for job in (bar := tqdm(jobs, unit="notebook", disable=not sys.stderr.isatty())):
         bar.set_description(job.name)
@@ -109,6 +109,15 @@ def _profile(name: str) -> dict[str, Any]:
     if name not in known:
         raise KitError(f"profile = {name!r} is unknown: use one of {', '.join(known)}")
     return yaml.safe_load(known[name].read_text())
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """What was done before; nothing where the note is missing or damaged, since running again does no harm."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _up_to_date(job: Job, done: dict[str, Any]) -> bool:

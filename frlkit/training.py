@@ -440,7 +440,7 @@ def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
     Raises `KitError` where a file is damaged, or its record belongs to other weights.
     """
     for path in sorted((runs / folder_name(tensors.name)).glob("*/seed*/record.json")):
-        record, state = evaluation.read_record(path), checkpoint.read(path.with_name("weights.pt"))
+        record, state = evaluation.read_record(path), _weights(path.with_name("weights.pt"))
         if record.get("weights_sha256") != checkpoint.digest(state["model"]):
             raise KitError(f"{path} belongs to other weights than {path.with_name('weights.pt')}: delete it")
         model = models.build(state["config"]["model"], state["num_classes"]).to(tensors.test.labels.device)
@@ -451,11 +451,19 @@ def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
 
 def load(folder: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
-    state = checkpoint.read(folder / "weights.pt", device)
+    state = _weights(folder / "weights.pt", device)
     checkpoint.refuse_other(folder, state["config"], described(config))
     model = models.build(config.model, state["num_classes"], seed=config.seed).to(device)
     model.load_state_dict(state["model"])
     return model
+
+
+def _weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """A weights file's content. Raises `KitError` where it is damaged or another kind of file."""
+    state = checkpoint.read(path, device)
+    if missing := [name for name in ("config", "num_classes", "model") if name not in state]:
+        raise KitError(f"{path} is no weights file of a finished run: it has no {missing[0]}; delete it to train anew")
+    return state
 
 
 def _train(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:

@@ -138,6 +138,13 @@ class TestClassErrors:
         errors = [evaluation.class_errors(model, tiny.test, Attack(eps, 4, 10)).robust.mean() for eps in (0, 8, 32)]
         assert errors[0] < errors[1] < errors[2]
 
+    def test_predictions_are_eval_modes(self, tiny: Dataset) -> None:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10), nn.Dropout(0.9))
+        images, _ = tiny.test.batch(slice(None))
+        wanted = network[1](images.flatten(1)).argmax(1)
+        assert torch.equal(evaluation.predict(network.train(), images), wanted)
+        assert network.training
+
     def test_the_mode_is_restored(self, model: nn.Module, tiny: Dataset) -> None:
         for training in (True, False):
             model.train(training)

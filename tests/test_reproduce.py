@@ -106,6 +106,15 @@ def test_runs_once_then_skips_and_reruns_what_changed(elsewhere: Path, monkeypat
         assert Path(executed[0]).name.startswith(rerun)
 
 
+def test_a_damaged_note_of_what_is_done_only_costs_time(tmp_path: Path) -> None:
+    for content in ('{"01": {"made_by": "x"', "[]", "\0"):
+        (tmp_path / "done.json").write_text(content)
+        assert reproduce._noted(tmp_path / "done.json") == {}
+    (tmp_path / "done.json").write_text('{"01": {}}')
+    assert reproduce._noted(tmp_path / "done.json") == {"01": {}}
+    assert reproduce._noted(tmp_path / "none.json") == {}
+
+
 def test_a_failing_notebook_is_one_sentence(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise papermill.PapermillExecutionError(1, 1, "source", "KitError", "the reason", [])

@@ -428,6 +428,17 @@ class TestRun:
         with pytest.raises(KitError, match=r"weights\.pt is no whole file"):
             training.run(RUNS["natural"], tiny, tmp_path)
 
+    def test_another_kind_of_file_in_the_weights_place_is_refused(self, tiny: Dataset, tmp_path: Path) -> None:
+        folder = tmp_path / "digits" / "natural" / "seed0"
+        training.run(RUNS["natural"], tiny, folder)
+        state = checkpoint.read(folder / "weights.pt")
+        del state["num_classes"]
+        checkpoint.save(folder / "weights.pt", state)
+        with pytest.raises(KitError, match=r"weights\.pt is no weights file of a finished run: it has no num_classes"):
+            training.run(RUNS["natural"], tiny, folder)
+        with pytest.raises(KitError, match=r"weights\.pt is no weights file of a finished run: it has no num_classes"):
+            list(training.verify(tmp_path, tiny))
+
     def test_divergence_names_the_place_and_keeps_the_checkpoint(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -21,14 +21,17 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from cases import CASES, MOST_LOST, Case  # noqa: E402
 from conftest import tiny_dataset  # noqa: E402
-from faulty import VALUES, Fault, Stage  # noqa: E402
+from faulty import SIGNALS, VALUES, Fault, Stage  # noqa: E402
 
 from frlkit import data  # noqa: E402
 
 
 def faults(stage: Stage, recipe: str, moments: int, seed: int) -> dict[str, tuple[str, Case]]:
     """What is tried on a recipe: name -> (row of the table, how). A fifth as many SIGTERM and SIGINT as SIGKILL."""
-    listed = {name: (name.split(",")[0].split(" at ")[0], case) for name, case in CASES.items()}
+    listed = {}
+    for name, case in CASES.items():
+        row, comma, _ = name.partition(",")
+        listed[name] = (f"{row} during a write" if comma and row in SIGNALS else row.split(" at ")[0], case)
     for kind, number in (("SIGKILL", moments), ("SIGTERM", moments // 5), ("SIGINT", moments // 5)):
         for fault in islice(stage.moments(recipe, kind, seed), number):
             listed[str(fault)] = (f"{kind} at a random moment", partial(strike, fault=fault))

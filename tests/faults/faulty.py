@@ -18,6 +18,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,7 @@ def prepare(root: str, recipe: str, runs: str, log: str, **values: Any) -> tuple
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
     evaluation.evaluate.__defaults__ = (quick,)
     training.watched = lambda: False
+    training.tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process leaves behind
     tensors = torch.load(Path(root) / "data.pt")
     tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
     config = training.configure(recipe, "digits", 0, **{**VALUES[recipe], **values})
@@ -292,12 +294,16 @@ class Stage:
         return runs
 
     def moments(self, recipe: str, kind: str = "SIGKILL", seed: int = 0) -> Iterator[Fault]:
-        """Random moments: every line of the kit that the run passes is as likely, then every time it passes."""
+        """Random moments, each once: first a line of the kit that the run passes, then which time it passes."""
         self.straight(recipe)
         survey, chance = self.surveys[recipe], random.Random(f"{recipe} {kind} {seed}")
-        while True:
+        seen = set()
+        while len(seen) < sum(survey.values()):
             place = chance.choice(sorted(survey))
-            yield Fault(kind, place, chance.randrange(survey[place]))
+            fault = Fault(kind, place, chance.randrange(survey[place]))
+            if fault not in seen:
+                seen.add(fault)
+                yield fault
 
     def finish(self, recipe: str, runs: Path, **options: Any) -> int:
         """The next start: it must end well and equal the undisturbed run; returns the epochs that were lost."""

@@ -37,6 +37,7 @@ QUICK = {
         "two processes",
         "read-only folder",
         "Drive lags",
+        "Drive drops",
         "Drive vanishes",
     ],
     "algorithm1_both": [
@@ -48,7 +49,7 @@ QUICK = {
         "checkpoint of another configuration",
         "two processes, the first killed",
         "Drive fails",
-        "Drive drops",
+        "Drive is gone",
     ],
 }
 

@@ -1,0 +1,222 @@
+"""``make mutants``: seeded faults in the kit, one at a time, each of which some test must notice; prints a table.
+
+``--only WORD`` tries those whose description has this word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    """A fault: in a module of the kit, this text (there exactly once) becomes that; these test files must notice."""
+
+    what: str
+    module: str
+    old: str
+    new: str
+    tests: str
+
+
+ATTACKS, EVALUATION, FAIRNESS = "test_attacks.py", "test_evaluation.py", "test_fairness.py"
+TRAINING, FAIR, CHECKPOINT = "test_training.py", "test_fair_training.py", "test_checkpoint.py"
+MUTANTS = [
+    Mutant("PGD's step downhill", "attacks.py", "step_size, gradient.sign()", "-step_size, gradient.sign()", ATTACKS),
+    Mutant("PGD leaves the ball", "attacks.py", ".clamp_(*ball)", ".clamp_(0, 1)", ATTACKS),
+    Mutant("PGD leaves [0, 1]", "attacks.py", "(x + eps).clamp_(max=1)", "x + eps", ATTACKS),
+    Mutant("starts in half the ball", "attacks.py", "noise.uniform_(-1, 1,", "noise.uniform_(0, 1,", ATTACKS),
+    Mutant("the weakest restart is kept", "attacks.py", "score > best_score", "score < best_score", ATTACKS),
+    Mutant("KL attack from the attacked", "attacks.py", 'if loss == "kl" else y\n', "if False else y\n", ATTACKS),
+    Mutant("attack in train mode", "attacks.py", "model.eval().requires_grad_", "model.requires_grad_", ATTACKS),
+    Mutant("train mode is not restored", "attacks.py", "module.training = training", "pass", ATTACKS),
+    Mutant("one stream for every key", "evaluation.py", "SeedSequence(keys)", "SeedSequence(keys[:1])", EVALUATION),
+    Mutant(
+        "robust error without the natural one",
+        *("evaluation.py", "(clean != labels) | (attacked != labels)", "attacked != labels", EVALUATION),
+    ),
+    Mutant(
+        "confusion transposed",
+        "evaluation.py",
+        "(confusion, (labels, attacked)",
+        "(confusion, (attacked, labels)",
+        EVALUATION,
+    ),
+    Mutant(
+        "a record of other weights is reused",
+        *("evaluation.py", '"weights_sha256": weights,', '"weights_sha256": "",', EVALUATION),
+    ),
+    Mutant(
+        "evaluation in train mode",
+        *("evaluation.py", "with evaluating(model):\n        return", "if True:\n        return", EVALUATION),
+    ),
+    Mutant("average not subtracted", "fairness.py", "- subtract_average * errors.mean() -", "-", FAIRNESS),
+    Mutant("tolerance without effect", "fairness.py", "errors.mean() - tau", "errors.mean()", FAIRNESS),
+    Mutant("negative multipliers", "fairness.py", "phi = phi.clamp(min=0)", "phi = phi", FAIRNESS),
+    Mutant("weights do not sum to 1", "fairness.py", "+ phi - phi.mean()", "+ phi", FAIRNESS),
+    Mutant(
+        "two classes' weights swapped",
+        *(
+            "fairness.py",
+            "1 / len(phi) + phi - phi.mean()",
+            "1 / len(phi) + phi[[1, 0, *range(2, len(phi))]] - phi.mean()",
+        ),
+        FAIRNESS,
+    ),
+    Mutant(
+        "natural and boundary weights swapped",
+        *("fairness.py", "weigh(state.phi_nat), weigh(state.phi_bdy)", "weigh(state.phi_bdy), weigh(state.phi_nat)"),
+        FAIRNESS,
+    ),
+    Mutant("radius above its cap", "fairness.py", "state.log_radius.clamp(low, high)", "state.log_radius", FAIRNESS),
+    Mutant("radii wind up", "fairness.py", "log_radius.clamp(*_log_caps(rule))", "log_radius", FAIRNESS),
+    Mutant("always from nothing", "fairness.py", "state if rule.accumulate else", "state if False else", FAIRNESS),
+    Mutant("the old violations alone", "fairness.py", "+ rule.smoothing * found", "+ 0 * found", FAIRNESS),
+    Mutant("robust target ignored", "fairness.py", 'rule.target == "boundary"', "True", FAIRNESS),
+    Mutant(
+        "DAFA the wrong way round",
+        "fairness.py",
+        "own[:, None] < own[None, :]",
+        "own[:, None] > own[None, :]",
+        FAIRNESS,
+    ),
+    Mutant(
+        "epoch 0's order in every epoch",
+        *("training.py", "stream(config.seed, epoch, ORDER)", "stream(config.seed, 0, ORDER)", TRAINING),
+    ),
+    Mutant(
+        "epoch 0's starts in every epoch",
+        *("training.py", "stream(config.seed, epoch, START,", "stream(config.seed, 0, START,", TRAINING),
+    ),
+    Mutant("the rate never falls", "training.py", "** (epoch // config.lr_every)", "** 0", TRAINING),
+    Mutant("TRADES without beta", "training.py", "+ config.beta * divergence", "+ divergence", TRAINING),
+    Mutant("training in eval mode", "training.py", "    model.train()\n", "    model.eval()\n", TRAINING),
+    Mutant("the last images are left out", "training.py", "batches[first:last]", "batches[first : last - 1]", TRAINING),
+    Mutant("optimiser not stored", "training.py", '"optimizer": optimizer.state_dict(),', "", TRAINING),
+    Mutant("optimiser not restored", "training.py", 'optimizer.load_state_dict(state["optimizer"])', "pass", TRAINING),
+    Mutant("history begins anew", "training.py", '[*state["history"], entry]', "[entry]", TRAINING),
+    Mutant(
+        "errors before the first epoch serve all",
+        *("training.py", '(state["history"][-1] if state["history"] else state["start"])', 'state["start"]', FAIR),
+    ),
+    Mutant(
+        "multipliers not stored",
+        *("training.py", 'state["multipliers"] = multipliers._asdict()', "state = {**state}", FAIR),
+    ),
+    Mutant("labels do not travel with images", "training.py", "else y[order]", "else y", FAIR),
+    Mutant(
+        "one radius for all classes",
+        *(
+            "training.py",
+            "config.eps_255 / 255 * balance.radius_factors[y]",
+            "(0 * balance.radius_factors[y] + config.eps_255 / 255)",
+        ),
+        FAIR,
+    ),
+    Mutant("FRL without beta", "training.py", "natural + config.beta * _weighted", "natural + _weighted", FAIR),
+    Mutant(
+        "every part of an epoch is the first",
+        *("training.py", "epoch, (part, config.updates), balance", "epoch, (0, config.updates), balance", FAIR),
+    ),
+    Mutant("the generation before is lost", "checkpoint.py", "os.replace(path, keep)", "pass", CHECKPOINT),
+    Mutant("not flushed to disk", "checkpoint.py", "os.fsync(file.fileno())", "pass", CHECKPOINT),
+    Mutant("digest ignored", "checkpoint.py", "digest(state) == found", "True", CHECKPOINT),
+    Mutant("strangers' code is run", "checkpoint.py", "weights_only=True)\n", "weights_only=False)\n", CHECKPOINT),
+    Mutant("no lock", "checkpoint.py", "lock.acquire(timeout=0)", "pass", CHECKPOINT),
+    Mutant("other configurations pass", "checkpoint.py", "found.get(name) != wanted.get(name)", "False", CHECKPOINT),
+    Mutant("a damaged copy counts", "checkpoint.py", "draft.read_bytes() != file.read_bytes()", "False", CHECKPOINT),
+    Mutant("litter stays", "checkpoint.py", "for file in _litter(folder):", "for file in ():", CHECKPOINT),
+    Mutant("any file is a run's checkpoint", "checkpoint.py", 'if "epoch" not in state:', "if False:", CHECKPOINT),
+    Mutant("images up to 255/256", "data.py", ".float().div_(255)", ".float().div_(256)", "test_data.py"),
+    Mutant(
+        "training on validation images",
+        *("data.py", "Split(train.images[keep], train.labels[keep])", "train", "test_data.py"),
+    ),
+    Mutant("True is a number", "notebook.py", "and not isinstance(value, bool)", "", "test_notebook.py"),
+]
+
+
+def mutated(mutant: Mutant, project: Path = PROJECT) -> str:
+    """The module's source with the fault. Raises `ValueError` where its text is not there exactly once."""
+    source = (project / "frlkit" / mutant.module).read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(
+            f"mutant {mutant.what!r}: {mutant.old!r} is {source.count(mutant.old)} times in {mutant.module}: adapt it"
+        )
+    return source.replace(mutant.old, mutant.new)
+
+
+def _tests(folder: Path, files: list[str]) -> None:  # in a process of its own, which imports the copied kit anew
+    import pytest
+
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    paths = [str(folder / "tests" / name) for name in files]
+    os._exit(pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *paths]))
+
+
+def run(folder: Path, files: list[str]) -> tuple[int, str]:
+    """Pytest's exit code in the copied tree, stopping at the first failure, and the test that failed."""
+    process = multiprocessing.get_context("fork").Process(target=_tests, args=(folder, files))
+    process.start()
+    process.join(600)
+    if process.exitcode is None:
+        process.kill()
+        return 1, "it hangs"
+    lines = (folder / "log").read_text().splitlines()
+    failed = [
+        line.split("::", 1)[1].split(" - ")[0]
+        for line in lines
+        if line.startswith(("FAILED", "ERROR")) and "::" in line
+    ]
+    return process.exitcode, failed[0] if failed else lines[-1] if lines else ""
+
+
+def main() -> int:
+    """Returns 1 where a mutant survives, or the tests fail without any."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="a word of the descriptions")
+    words = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if words.only in mutant.what]
+    sources = [mutated(mutant) for mutant in chosen]
+    sys.dont_write_bytecode = True  # a mutant may be as old and as long as the original: no stale bytecode
+    import torch  # once here instead of once in every forked process
+    import torchvision  # noqa: F401
+
+    torch.set_num_threads(1)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("frlkit", "tests"):
+            shutil.copytree(PROJECT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(PROJECT / "pyproject.toml", folder)
+        code, said = run(folder, sorted({mutant.tests for mutant in chosen}))
+        if code:
+            print(f"the tests fail without any mutant: {said}")
+            return 1
+        print(f"{'mutant':<42}{'module':<15}noticed by", flush=True)
+        for mutant, source in zip(chosen, sources, strict=True):
+            path = folder / "frlkit" / mutant.module
+            original = path.read_text()
+            path.write_text(source)
+            code, said = run(folder, [mutant.tests])
+            path.write_text(original)
+            survivors += code == 0
+            print(f"{mutant.what:<42}{mutant.module:<15}{said if code else 'NOTHING: it survives'}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} noticed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
