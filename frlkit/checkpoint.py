@@ -94,8 +94,11 @@ def mirror(folder: Path, remote: Path) -> None:
     """From now on copy every file written under `folder` to `remote` too, after taking over what `remote` holds.
 
     For Google Drive, whose writes lag and whose mount drops: work goes on in `folder`, a copy that fails is tried
-    again with the next one, and damaged files of `remote` are left there with a warning.
+    again with the next one, and damaged files of `remote` are left there with a warning. A second call changes
+    nothing: what is local is newer by then.
     """
+    if _mirrors.get(folder.resolve()) == remote:
+        return
     for source in sorted(path for path in remote.rglob("*") if path.is_file()):
         target = folder / source.relative_to(remote)
         try:

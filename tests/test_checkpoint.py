@@ -413,6 +413,16 @@ class TestMirror:
         assert [file.name for file in (tmp_path / "local").iterdir()] == ["good.pt"]
         assert checkpoint.read(tmp_path / "local" / "good.pt")["epoch"] == 3
 
+    def test_the_set_up_cell_run_again_takes_nothing_older_over(self, tmp_path: Path) -> None:
+        local, remote = tmp_path / "local", tmp_path / "remote"
+        checkpoint.mirror(local, remote)
+        checkpoint.save(local / "checkpoint.pt", state(1))
+        lagging = (remote / "checkpoint.pt").read_bytes()
+        checkpoint.save(local / "checkpoint.pt", state(2))
+        (remote / "checkpoint.pt").write_bytes(lagging)
+        checkpoint.mirror(local, remote)
+        assert checkpoint.read(local / "checkpoint.pt")["epoch"] == 2
+
     def test_a_lost_mount_is_said_and_made_up_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         local, remote = tmp_path / "local", tmp_path / "remote"
         checkpoint.mirror(local, remote)
