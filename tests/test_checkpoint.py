@@ -471,6 +471,7 @@ class TestMirror:
             checkpoint.write_json(local / "a.json", {"a": 1})
         assert list(remote.iterdir()) == []
         (remote / "b.json.copy").write_text("a killed session's")
+        checkpoint._mirrors.clear()  # a new session
         checkpoint.mirror(local, remote)
         assert list(remote.iterdir()) == []
         assert [file.name for file in local.iterdir()] == ["a.json"]

@@ -200,7 +200,7 @@ def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str
 
     from frlkit.evaluation import STANDARD
 
-    made = {**asdict(run.config), **(config or {})}
+    made = {**training.described(run.config), **(config or {})}
     run.folder.mkdir(parents=True)
     (run.folder / "weights.pt").touch()
     attacks = [{"attack": asdict(attack)} for attack in STANDARD]
