@@ -66,7 +66,8 @@ def cost(name: str, batch: int, repeats: int, device: torch.device) -> list[dict
     steps = {"torchattacks, float32": None, **{f"kit, {precision}": precision for precision in formats}}
     rows = []
     for label, precision in steps.items():
-        model = models.build(name, seed=0).to(device)
+        model = models.build(name, seed=0)
+        model = model.to(device) if precision is None else models.place(model, device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
         config = training.Config("pgd_at", "cifar10", name, steps=STEPS, precision=precision or "float32")
 
@@ -93,7 +94,7 @@ def formats(runs: Path, device: torch.device) -> dict[str, Any]:
     dataset, recipe, seed = TRAINED
     place = runs / data.folder_name(dataset) / recipe / f"seed{seed}"
     state = checkpoint.read(place / "weights.pt", device)
-    model = models.build(state["config"]["model"], state["num_classes"]).to(device)
+    model = models.place(models.build(state["config"]["model"], state["num_classes"]), device)
     model.load_state_dict(state["model"])
     test = data.load(dataset, device=device).test
     attack = Attack()

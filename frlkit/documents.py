@@ -19,7 +19,7 @@ FAIR = (
     *("pgd_at", "uniform", "baseline_reweight", "algorithm1_reweight", "algorithm1_remargin", "algorithm1_both"),
     *("official_uniform", "official_reweight", "official_both", "dafa"),
 )
-FAIR_SEEDS = (0, 1, 2)
+FAIR_SEEDS = range(5)
 
 
 def refresh(project: Path = PROJECT) -> list[str]:

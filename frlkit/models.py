@@ -191,6 +191,12 @@ def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Modul
         return MODELS[name](num_classes)
 
 
+def place(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """The model on a device; colour networks on a GPU with channels last, the layout that tensor cores want."""
+    colour_on_gpu = torch.device(device).type == "cuda" and not isinstance(model, LeNet5)
+    return model.to(device, memory_format=torch.channels_last if colour_on_gpu else torch.preserve_format)
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill a network from anyone's file of plain tensors, under the same names or, failing that, in the same order.
 

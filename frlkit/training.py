@@ -443,7 +443,7 @@ def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
         record, state = evaluation.read_record(path), _weights(path.with_name("weights.pt"))
         if record.get("weights_sha256") != checkpoint.digest(state["model"]):
             raise KitError(f"{path} belongs to other weights than {path.with_name('weights.pt')}: delete it")
-        model = models.build(state["config"]["model"], state["num_classes"]).to(tensors.test.labels.device)
+        model = models.place(models.build(state["config"]["model"], state["num_classes"]), tensors.test.labels.device)
         model.load_state_dict(state["model"])
         attacks = [Attack(**entry["attack"]) for entry in record["attacks"]]
         yield path.parent, evaluation.largest_difference(record, evaluation.evaluate(model, tensors, attacks))
@@ -453,7 +453,7 @@ def load(folder: Path, config: Config, device: str | torch.device = "cpu") -> nn
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
     state = _weights(folder / "weights.pt", device)
     checkpoint.refuse_other(folder, state["config"], described(config))
-    model = models.build(config.model, state["num_classes"], seed=config.seed).to(device)
+    model = models.place(models.build(config.model, state["num_classes"], seed=config.seed), device)
     model.load_state_dict(state["model"])
     return model
 
@@ -483,7 +483,7 @@ def _train(config: Config, data: Dataset, folder: Path) -> dict[str, Any]:
             state |= {"multipliers": multipliers._asdict(), "start": start}
         optimizer = _optimizer(model, config)
     else:
-        model = models.build(config.model, len(data.class_names), seed=config.seed).to(device)
+        model = models.place(models.build(config.model, len(data.class_names), seed=config.seed), device)
         model.load_state_dict(state["model"])
         optimizer = _optimizer(model, config)
         optimizer.load_state_dict(state["optimizer"])
@@ -520,7 +520,7 @@ def _starting_model(config: Config, data: Dataset, folder: Path) -> nn.Module:
     if isinstance(config, FairConfig):
         start, place = start_of(config, folder)
         return run(start, data, place)
-    return models.build(config.model, len(data.class_names), seed=config.seed).to(data.train.labels.device)
+    return models.place(models.build(config.model, len(data.class_names), seed=config.seed), data.train.labels.device)
 
 
 def _validation_errors(model: nn.Module, data: Dataset, attack: Attack = evaluation.STANDARD[0]) -> dict[str, Any]:
