@@ -119,6 +119,16 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
         return model(images).argmax(1)
 
 
+def _attacked(model: nn.Module, split: Split, attack: Attack) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images, labels and adversarial images of a whole split, batch by batch."""
+    for number, start in enumerate(range(0, len(split), BATCH)):
+        x, y = split.batch(slice(start, start + BATCH))
+        radius, step = attack.eps_255 / 255, attack.step_255 / 255
+        settings = {"restarts": attack.restarts, "loss": attack.loss}
+        generator = stream(attack.seed, number, device=x.device)
+        yield x, y, pgd(model, x, y, radius, step, attack.steps, generator=generator, **settings)
+
+
 def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:
     """Errors are measured in float32, whatever the model was trained with."""
 
@@ -141,20 +151,7 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     if not len(split):
         raise KitError("the split has no images: its errors are undefined")
     clean, attacked = [], []
-    for number, start in enumerate(range(0, len(split), BATCH)):
-        x, y = split.batch(slice(start, start + BATCH))
-        generator = stream(attack.seed, number, device=x.device)
-        adversarial = pgd(
-            model,
-            x,
-            y,
-            attack.eps_255 / 255,
-            attack.step_255 / 255,
-            attack.steps,
-            restarts=attack.restarts,
-            loss=attack.loss,
-            generator=generator,
-        )
+    for x, y, adversarial in _attacked(model, split, attack):
         clean.append(predict(model, x))
         attacked.append(torch.where(clean[-1] == y, predict(model, adversarial), clean[-1]))
     labels = split.labels.cpu().numpy()
@@ -166,19 +163,7 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
 def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     """Mean probability of each class over the attacked images of each class, (C, C) float64: true by predicted."""
     sums: Tensor | float = 0.0
-    for number, start in enumerate(range(0, len(split), BATCH)):
-        x, y = split.batch(slice(start, start + BATCH))
-        generator = stream(attack.seed, number, device=x.device)
-        adversarial = pgd(
-            model,
-            x,
-            y,
-            attack.eps_255 / 255,
-            attack.step_255 / 255,
-            attack.steps,
-            loss=attack.loss,
-            generator=generator,
-        )
+    for _, y, adversarial in _attacked(model, split, attack):
         with evaluating(model):
             probabilities = model(adversarial).softmax(1).double().cpu()
         sums = sums + F.one_hot(y.cpu(), probabilities.shape[1]).double().T @ probabilities

@@ -31,7 +31,7 @@ ATTACKS, EVALUATION, FAIRNESS = "test_attacks.py", "test_evaluation.py", "test_f
 TRAINING, FAIR, CHECKPOINT = "test_training.py", "test_fair_training.py", "test_checkpoint.py"
 MUTANTS = [
     Mutant("PGD's step downhill", "attacks.py", "step_size, gradient.sign()", "-step_size, gradient.sign()", ATTACKS),
-    Mutant("PGD leaves the ball", "attacks.py", ".clamp_(*ball)", ".clamp_(0, 1)", ATTACKS),
+    Mutant("PGD leaves the ball", "attacks.py", ".clamp_(low, high)", ".clamp_(0, 1)", ATTACKS),
     Mutant("PGD leaves [0, 1]", "attacks.py", "(x + eps).clamp_(max=1)", "x + eps", ATTACKS),
     Mutant("starts in half the ball", "attacks.py", "noise.uniform_(-1, 1,", "noise.uniform_(0, 1,", ATTACKS),
     Mutant("the weakest restart is kept", "attacks.py", "score > best_score", "score < best_score", ATTACKS),
@@ -96,7 +96,7 @@ MUTANTS = [
         "epoch 0's starts in every epoch",
         *("training.py", "stream(config.seed, epoch, START,", "stream(config.seed, 0, START,", TRAINING),
     ),
-    Mutant("the rate never falls", "training.py", "** (epoch // config.lr_every)", "** 0", TRAINING),
+    Mutant("the rate never falls", "training.py", "** (int(epoch) // config.lr_every)", "** 0", TRAINING),
     Mutant("TRADES without beta", "training.py", "+ config.beta * divergence", "+ divergence", TRAINING),
     Mutant("training in eval mode", "training.py", "    model.train()\n", "    model.eval()\n", TRAINING),
     Mutant("the last images are left out", "training.py", "batches[first:last]", "batches[first : last - 1]", TRAINING),
