@@ -121,7 +121,7 @@ def load(name: str, *, device: str | torch.device = "cpu", validation: float = 0
 
 def check_name(name: str) -> None:
     """Refuse a data set that is neither in `READERS` nor ``folder:PATH``."""
-    if name not in READERS and not name.startswith(FOLDER):
+    if not isinstance(name, str) or (name not in READERS and not name.startswith(FOLDER)):
         raise KitError(f"dataset = {name!r} is unknown: use one of {', '.join(READERS)}, or {FOLDER}PATH")
     if name.removeprefix(FOLDER) == "":
         raise KitError(f"dataset = {name!r} names no folder: use {FOLDER}PATH, with train/<class>/* and test/<class>/*")

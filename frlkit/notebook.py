@@ -49,7 +49,7 @@ def dataset() -> Rule:
 
     def check(value: Any) -> str:
         try:
-            data.check_name(value if isinstance(value, str) else "")
+            data.check_name(value)
         except KitError:
             raise ValueError(f"one of {', '.join(map(repr, data.READERS))}, or 'folder:PATH'") from None
         return value

@@ -200,6 +200,7 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
             values[key] = text
     if unknown := set(values) - set(types):
         raise KitError(f"{min(unknown)!r} is no field of a run of {name}: use {', '.join(types)}")
+    check_name(dataset)
     asked = SETTINGS.get(dataset.partition(":")[0], ({}, {}))[kind is FairConfig]
     return kind(dataset=dataset, seed=seed, **{**asked, **known[name], **values})
 
