@@ -35,7 +35,7 @@ class LeNet5(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.image_shape)
-        if not images.requires_grad and (path := kernels.fast(self)):
+        if path := kernels.fast(self, image_gradient=images.requires_grad):
             x = path.features(self, images)  # (N, 400)
         else:
             x = F.avg_pool2d(self.conv1(images).tanh(), 2)  # (N, 6, 14, 14)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from frlkit import KitError
-from frlkit.kernels import tiles
+from frlkit.kernels import cells
 
 if TYPE_CHECKING:
     from frlkit.models import LeNet5
@@ -76,16 +76,16 @@ def available(model: nn.Module) -> bool:
     return setting == "auto" and type(model) is LeNet5 and _fits(model) and _load() is not None
 
 
-def fast(model: nn.Module) -> ModuleType | None:
-    """What serves this model: this module, `tiles` for any intact LeNet-5 on CPU, or None, plain autograd.
+def fast(model: nn.Module, image_gradient: bool = False) -> ModuleType | None:
+    """What serves this model: this module, `cells` for any other intact LeNet-5, or None, plain autograd.
 
-    Both modules have `pgd` and `features`.
+    Both modules have `pgd` and `features`. Only the features of `cells` have a gradient in the images.
     """
-    if available(model):
+    if not image_gradient and available(model):
         return sys.modules[__name__]
     from frlkit.models import LeNet5
 
-    return tiles if type(model) is LeNet5 and _intact(model) else None
+    return cells if type(model) is LeNet5 and _intact(model) else None
 
 
 def describe(model: nn.Module) -> str:
@@ -191,13 +191,13 @@ class _Features(torch.autograd.Function):
 
 
 def _intact(model: nn.Module) -> bool:
-    """Whether the model's layers, on CPU, are those of its class: none replaced, pruned or reparametrised."""
+    """Whether the model's layers are those of its class: none replaced, pruned or reparametrised."""
     for name, (kind, _) in LAYERS.items():
         layer = getattr(model, name, None)
         if type(layer) is not kind:
             return False
         for tensor in (layer.weight, layer.bias):
-            if not isinstance(tensor, nn.Parameter) or tensor.device.type != "cpu":  # pruning leaves a plain tensor
+            if not isinstance(tensor, nn.Parameter):  # pruning leaves a plain tensor
                 return False
     return True
 
@@ -209,7 +209,9 @@ def _fits(model: nn.Module) -> bool:
     for name, (_, shape) in LAYERS.items():
         layer = getattr(model, name)
         for tensor, wanted in ((layer.weight, shape), (layer.bias, shape[:1])):
-            if tensor.shape != wanted or tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+            if tensor.device.type != "cpu" or tensor.dtype is not torch.float32:
+                return False
+            if tensor.shape != wanted or not tensor.is_contiguous():
                 return False
     return True
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frlkit import kernels, models
-from frlkit.kernels import tiles
+from frlkit.kernels import cells
+from frlkit.kernels.cells import spread
 from frlkit.models import LeNet5
 
 
@@ -30,26 +31,24 @@ def noise(*shape: int) -> Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize(("channels", "side"), [(1, 32), (6, 14)])
-def test_untile_is_the_adjoint_of_tiles(channels: int, side: int) -> None:
-    x = noise(channels, side, side, 3)
-    columns = tiles.tiles(x)
-    y = noise(*columns.shape)
-    assert (columns * y).sum().item() == pytest.approx((x * tiles.untile(y, channels, side)).sum().item())
-
-
-def test_gather_is_the_adjoint_of_spread() -> None:
-    weight = noise(16, 6, 5, 5)
-    wide = tiles.spread(weight)
-    other = noise(*wide.shape)
-    assert (wide * other).sum().item() == pytest.approx((weight * tiles.gather(other, weight.shape)).sum().item())
+@pytest.mark.parametrize(("out", "channels", "side", "size"), [(6, 1, 4, 32), (16, 6, 2, 14), (3, 2, 4, 12)])
+def test_spread_is_the_convolution_at_every_offset(out: int, channels: int, side: int, size: int) -> None:
+    """Cut back into pixels, what the spread filters give on cells is the 5x5 convolution with stride 1."""
+    weight, x = noise(out, channels, 5, 5), noise(2, channels, size, size)
+    cells_of_x = x.view(2, channels, size // side, side, size // side, side)
+    found = F.conv2d(
+        cells_of_x.permute(0, 3, 5, 1, 2, 4).reshape(2, -1, size // side, size // side), spread(weight, side)
+    )
+    pooled, places = side // 2, found.shape[-1]
+    found = found.view(2, 2, 2, pooled, pooled, out, places, places).permute(0, 5, 6, 3, 1, 7, 4, 2)
+    torch.testing.assert_close(found.reshape(2, out, size - 4, size - 4), F.conv2d(x, weight), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_features_and_their_gradients(count: int) -> None:
-    model, images, pull = lenet(), noise(count, 1, 32, 32), noise(count, 400)
-    parameters = [*model.conv1.parameters(), *model.conv2.parameters()]
-    ours, theirs = tiles.features(model, images), stages(model, images)
+    model, images, pull = lenet(), noise(count, 1, 32, 32).requires_grad_(), noise(count, 400)
+    parameters = [images, *model.conv1.parameters(), *model.conv2.parameters()]
+    ours, theirs = cells.features(model, images), stages(model, images)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for mine, reference in zip(
         torch.autograd.grad((ours * pull).sum(), parameters),
@@ -64,11 +63,11 @@ def test_gradient_of_the_images(count: int, classes: int) -> None:
     model, images, pull = lenet(classes), noise(count, 1, 32, 32), noise(count, classes)
     images.requires_grad_()
     (expected,) = torch.autograd.grad((logits(model, images) * pull).sum(), images)
-    network = tiles.Network(model, count)
     with torch.no_grad():
-        found = network.forward(images.flatten(1).T.contiguous())
-        torch.testing.assert_close(found.T, logits(model, images), rtol=1e-11, atol=1e-12)
-        gradient = network.backward(pull.T).T.reshape(images.shape)
+        network = cells.Network(model)
+        found = network.forward(F.pixel_unshuffle(images, cells.SIDE))
+        torch.testing.assert_close(found, logits(model, images), rtol=1e-11, atol=1e-12)
+        gradient = F.pixel_shuffle(network.backward(pull), cells.SIDE)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13)
 
 
@@ -95,19 +94,19 @@ def test_pgd_equals_a_loop_written_out(loss: str, dtype: torch.dtype) -> None:
         (gradient,) = torch.autograd.grad(total, x)
         x = x + step_size.view(-1, 1, 1, 1) * gradient.sign()
         x = torch.minimum(torch.maximum(x, clean - ball), clean + ball).clamp(0, 1)
-    found = tiles.pgd(model, clean, start, targets, eps, step_size, steps, loss)
+    found = cells.pgd(model, clean, start, targets, eps, step_size, steps, loss)
     differing = ((found - x).abs() > 1e-6).double().mean().item()
     assert differing <= (1e-3 if dtype == torch.float32 else 0)
     assert torch.equal(found[0], clean[0])  # radius 0
-    assert torch.equal(found, tiles.pgd(model, clean, start, targets, eps, step_size, steps, loss))
+    assert torch.equal(found, cells.pgd(model, clean, start, targets, eps, step_size, steps, loss))
 
 
 def test_which_path_serves_what(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRLKIT_KERNEL", "off")
     model = lenet(dtype=torch.float32)
-    assert kernels.fast(model) is tiles
+    assert kernels.fast(model) is cells
     assert kernels.describe(model) == "portable"
-    assert kernels.fast(lenet(3)) is tiles
+    assert kernels.fast(lenet(3)) is cells
     model.conv1 = torch.nn.Conv2d(1, 6, 5, padding="valid", bias=False)
     assert kernels.fast(model) is None
     assert kernels.fast(torch.nn.Linear(2, 2)) is None
