@@ -38,6 +38,7 @@ MUTANTS = [
     Mutant("KL attack from the attacked", "attacks.py", 'if loss == "kl" else y\n', "if False else y\n", ATTACKS),
     Mutant("attack in train mode", "attacks.py", "model.eval().requires_grad_", "model.requires_grad_", ATTACKS),
     Mutant("train mode is not restored", "attacks.py", "module.training = training", "pass", ATTACKS),
+    Mutant("filters at the wrong offsets", "kernels/cells.py", "windows.flip(1, 2)", "windows", "test_cells.py"),
     Mutant("one stream for every key", "evaluation.py", "SeedSequence(keys)", "SeedSequence(keys[:1])", EVALUATION),
     Mutant(
         "robust error without the natural one",
