@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +13,7 @@ from frlkit.data import Dataset, Split
 
 settings.register_profile("kit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("kit")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 torch.set_num_threads(1)  # small tensors: quicker, and the same whatever the machine
 
 
