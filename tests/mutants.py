@@ -206,7 +206,7 @@ def main() -> int:
         if code:
             print(f"the tests fail without any mutant: {said}")
             return 1
-        print(f"{'mutant':<42}{'module':<15}noticed by", flush=True)
+        print(f"{'mutant':<42}{'module':<18}noticed by", flush=True)
         for mutant, source in zip(chosen, sources, strict=True):
             path = folder / "frlkit" / mutant.module
             original = path.read_text()
@@ -214,7 +214,7 @@ def main() -> int:
             code, said = run(folder, [mutant.tests])
             path.write_text(original)
             survivors += code == 0
-            print(f"{mutant.what:<42}{mutant.module:<15}{said if code else 'NOTHING: it survives'}", flush=True)
+            print(f"{mutant.what:<42}{mutant.module:<18}{said if code else 'NOTHING: it survives'}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} noticed")
     return int(survivors > 0)
 
