@@ -49,7 +49,7 @@ def test_spread_is_the_convolution_at_every_offset(out: int, channels: int, side
     torch.testing.assert_close(found.reshape(2, out, size - 4, size - 4), F.conv2d(x, weight), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("count", [1, 7, 100])
+@pytest.mark.parametrize("count", [0, 1, 7, 300])
 def test_features_and_their_gradients(count: int) -> None:
     model, images, pull = lenet(), noise(count, 1, 32, 32).requires_grad_(), noise(count, 400)
     parameters = [images, *model.conv1.parameters(), *model.conv2.parameters()]
@@ -63,23 +63,23 @@ def test_features_and_their_gradients(count: int) -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("count", "classes"), [(1, 10), (9, 10), (5, 3), (5, 43)])
+@pytest.mark.parametrize(("count", "classes"), [(0, 10), (1, 10), (9, 10), (5, 3), (5, 43)])
 def test_gradient_of_the_images(count: int, classes: int) -> None:
     model, images, pull = lenet(classes), noise(count, 1, 32, 32), noise(count, classes)
     images.requires_grad_()
     (expected,) = torch.autograd.grad((logits(model, images) * pull).sum(), images)
     with torch.no_grad():
         network = cells.Network(model)
-        found = network.forward(F.pixel_unshuffle(images, cells.SIDE))
+        found = network.forward(cells.into_cells(images))
         torch.testing.assert_close(found, logits(model, images), rtol=1e-11, atol=1e-12)
-        gradient = F.pixel_shuffle(network.backward(pull), cells.SIDE)
+        gradient = cells.into_images(network.backward(pull))
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pgd_equals_a_loop_written_out(loss: str, dtype: torch.dtype) -> None:
-    model, count, steps = lenet(dtype=dtype), 30, 5
+    model, count, steps = lenet(dtype=dtype), 150, 5  # more than a group
     clean, labels = noise(count, 1, 32, 32).to(dtype), torch.arange(count) % 10
     eps = torch.linspace(0, 0.1, count, dtype=dtype)
     step_size, ball = eps / 3, eps.view(-1, 1, 1, 1)
@@ -101,9 +101,39 @@ def test_pgd_equals_a_loop_written_out(loss: str, dtype: torch.dtype) -> None:
         x = torch.minimum(torch.maximum(x, clean - ball), clean + ball).clamp(0, 1)
     found = cells.pgd(model, clean, start, targets, eps, step_size, steps, loss)
     differing = ((found - x).abs() > 1e-6).double().mean().item()
-    assert differing <= (1e-3 if dtype == torch.float32 else 0)
+    assert differing <= (4e-3 if dtype == torch.float32 else 0)  # this loop in float32 and float64: 2e-3 with kl
     assert torch.equal(found[0], clean[0])  # radius 0
     assert torch.equal(found, cells.pgd(model, clean, start, targets, eps, step_size, steps, loss))
+
+
+def test_cells_are_pixel_unshuffle() -> None:
+    images = noise(3, 1, 32, 32)
+    assert torch.equal(cells.into_cells(images), F.pixel_unshuffle(images, cells.SIDE))
+    assert torch.equal(cells.into_images(cells.into_cells(images)), images)
+
+
+def test_no_images_no_result() -> None:
+    model, none = lenet(3), noise(0, 1, 32, 32)
+    labels, radii = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+    assert cells.pgd(model, none, none, labels, radii, radii, 2, "ce").shape == none.shape
+    assert model(none).shape == (0, 3)
+
+
+def test_first_use_without_gradients_later_use_with() -> None:
+    cells._placements.cache_clear()
+    with torch.inference_mode():
+        cells.features(lenet(), noise(2, 1, 32, 32))
+    cells.features(model := lenet(), noise(2, 1, 32, 32)).sum().backward()
+    assert model.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_agrees_with_cpu() -> None:
+    model, images, labels = lenet(), noise(200, 1, 32, 32), torch.arange(200) % 10
+    eps = torch.full((200,), 0.1, dtype=torch.float64)
+    moved = [tensor.cuda() for tensor in (images, images, labels, eps, eps / 4)]
+    expected = cells.pgd(model, images, images, labels, eps, eps / 4, 5, "ce")
+    torch.testing.assert_close(cells.pgd(model.cuda(), *moved, 5, "ce").cpu(), expected)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from frlkit import KitError, kernels, models
+from frlkit import KitError, attacks, kernels, models
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -342,9 +342,30 @@ def test_changed_layers_keep_to_pytorch():
     prune.l1_unstructured(pruned.conv2, "weight", 0.5)
     replaced.conv1 = nn.Sequential(replaced.conv1)
     biasless.conv1.bias = None
-    for other in (normed, pruned, replaced, biasless):
+    smaller, padded = models.LeNet5(), models.LeNet5()
+    smaller.conv1, padded.conv1 = nn.Conv2d(1, 6, 3), nn.Conv2d(1, 6, 5, padding=1)
+    for other in (normed, pruned, replaced, biasless, smaller, padded):
+        assert kernels.fast(other) is None
         assert not kernels.available(other)
-        assert other(torch.rand(2, 1, 32, 32)).shape == (2, 10)
+        images = torch.rand(2, 1, 32, 32)
+        x = F.avg_pool2d(other.conv1(images).tanh(), 2)
+        x = F.avg_pool2d(other.conv2(x).tanh(), 2).flatten(1)
+        x = F.linear(x, other.conv3.weight.flatten(1), other.conv3.bias).tanh()
+        expected = other.fc2(other.fc1(x).tanh())
+        torch.testing.assert_close(other(images), expected)
+
+
+def test_hooks_are_called_by_attacks_too(model):
+    """Such as a pre-hook that normalises the images: an attack must see it."""
+    images, labels = torch.rand(4, 1, 32, 32), torch.arange(4)
+    calls = []
+    for module in (model, model.conv2):
+        handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
+        attacks.pgd(model, images, labels, 0.1, 0.1, 3)
+        handle.remove()
+        assert len(calls) >= 4  # each step, and the check of the labels
+        calls.clear()
+    assert kernels.fast(model) is not None
 
 
 def test_the_switch(model, monkeypatch):

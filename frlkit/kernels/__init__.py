@@ -64,9 +64,9 @@ _asked = False  # whether the one attempt of this process has been made
 def available(model: nn.Module) -> bool:
     """Whether the native path serves this model: a ten-class LeNet-5 of float32 on CPU, a kernel that passed its check.
 
-    The first call of a process builds and checks the kernel; later ones take some 20 microseconds. Where layers were
-    replaced, pruned or reparametrised the answer is no. Raises `KitError` where ``FRLKIT_KERNEL`` is neither auto nor
-    off.
+    The first call of a process builds and checks the kernel; later ones take some 30 microseconds. Where layers were
+    replaced, pruned or reparametrised, or have hooks, the answer is no. Raises `KitError` where ``FRLKIT_KERNEL`` is
+    neither auto nor off.
     """
     setting = os.environ.get("FRLKIT_KERNEL", "auto")
     if setting not in ("auto", "off"):
@@ -141,7 +141,7 @@ def pgd(
 def features(model: LeNet5, images: Tensor) -> Tensor:
     """Both convolutional stages, ``pool(tanh(conv2(pool(tanh(conv1(images))))))``, each image's result flattened.
 
-    Differentiable, once, in the weights and biases of conv1 and conv2 only. The layers' hooks are not called.
+    Differentiable, once, in the weights and biases of conv1 and conv2 only.
 
     Parameters
     ----------
@@ -191,15 +191,24 @@ class _Features(torch.autograd.Function):
 
 
 def _intact(model: nn.Module) -> bool:
-    """Whether the model's layers are those of its class: none replaced, pruned or reparametrised."""
+    """Whether the model is what its class builds: no layer replaced, pruned or reparametrised, no hook on any."""
+    if any(part._forward_pre_hooks or part._forward_hooks or part._backward_hooks for part in model.modules()):
+        return False
     for name, (kind, _) in LAYERS.items():
         layer = getattr(model, name, None)
         if type(layer) is not kind:
             return False
-        for tensor in (layer.weight, layer.bias):
-            if not isinstance(tensor, nn.Parameter):  # pruning leaves a plain tensor
-                return False
+        if not all(isinstance(tensor, nn.Parameter) for tensor in (layer.weight, layer.bias)):
+            return False  # pruning leaves a plain tensor
+        if kind is nn.Conv2d and not _is_plain(layer):
+            return False
     return True
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    """Whether it is a 5x5 convolution with stride 1 and no padding."""
+    shape = layer.kernel_size, layer.stride, layer.dilation, layer.groups
+    return shape == ((5, 5), (1, 1), (1, 1), 1) and layer.padding in ((0, 0), "valid")
 
 
 def _fits(model: nn.Module) -> bool:
@@ -355,7 +364,7 @@ class _Reference(nn.Module):
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         for name, (kind, shape) in LAYERS.items():
-            layer = kind(1, 1, 1) if kind is nn.Conv2d else kind(1, 1)
+            layer = kind(shape[1], shape[0], *shape[2:3])
             fan_in = torch.tensor(shape[1:]).prod()
             layer.weight = nn.Parameter(torch.randn(shape, generator=generator) / fan_in.sqrt())
             layer.bias = nn.Parameter(torch.randn(shape[0], generator=generator) / 10)

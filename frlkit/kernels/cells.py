@@ -1,18 +1,20 @@
 """The portable path for LeNet-5: plain PyTorch, in which pooling and its strides have become channels.
 
-A 5x5 convolution with 2x2 mean pooling behind it is a sum of four convolutions with stride 2, one for each of the four
-outputs that a pooled value sees. Cut the image into square cells and lay the pixels of a cell side by side as channels:
-these convolutions then have no stride, and filters that hold each 5x5 filter at every offset of the outputs in a cell.
+A value of LeNet-5's pooled map is the mean of four outputs of a 5x5 convolution, each behind a tanh; each of the four
+comes from a convolution with stride 2 at an offset of its own. Cut the image into square cells and lay the pixels of a
+cell side by side as channels: these convolutions then have no stride, and filters that hold each 5x5 filter at the
+offsets of all outputs in a cell.
 
     images        (N, 1, 32, 32)  in 4x4 cells:        (N, 16, 8, 8)
     convolution 1 in 2x2 kernels, 4 offsets x 24:      (N, 96, 7, 7), the mean over the offsets (N, 24, 7, 7)
                                                        is the pooled map (N, 6, 14, 14) in 2x2 cells
     convolution 2 in 3x3 kernels, 4 offsets x 16:      (N, 64, 5, 5), the mean over the offsets (N, 16, 5, 5)
 
-An attack step has 2.4 times the multiplications and takes a quarter of the time (77 and 19 microseconds an image, two
-threads of an AVX-512 EPYC, batches of 128): PyTorch's convolutions are made for channels by the dozen, not for one or
-six. And tanh(z) is 2 sigmoid(2z) - 1, which PyTorch computes on CPU in a tenth of the time of its tanh; the twos and
-ones vanish into the weights around it. Attacks have their gradient written out, so that no graph is recorded.
+An attack step has 2.2 times the multiplications of the plain layers and takes a quarter of their time under autograd
+(19 and 77 microseconds an image, two threads of an AVX-512 EPYC, batches of 128): PyTorch's convolutions are made for
+channels by the dozen, not for one or six. And tanh(z) is 2 sigmoid(2z) - 1, which PyTorch computes on CPU in a tenth of
+the time of its tanh; the twos and ones vanish into the weights around it (which costs half-precision types two or three
+bits). Attacks have their gradient written out, so that no graph is recorded.
 benchmarks/epoch.py measures the whole with FRLKIT_KERNEL=off.
 """
 
@@ -34,9 +36,19 @@ SIDE = 4  # of the images' cells, in pixels; those of the first stage's pooled m
 # Fresh memory costs a page fault for every 1,024 numbers, which doubles the time of a training step. glibc's malloc
 # hands freed memory back as soon as it exceeds twice the largest block freed so far, and takes 32 MiB at most for such
 # a block: having freed one of this size, it keeps what a batch needs. Other allocators are not impressed.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward  # (g, s) -> g s (1 - s), in one pass
+
+
+def into_cells(images: Tensor) -> Tensor:
+    """(N, 1, 32, 32) to (N, 16, 8, 8), as `F.pixel_unshuffle` does, which leaves an empty batch as it is."""
+    return images.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def into_images(cells: Tensor) -> Tensor:
+    """The inverse of `into_cells`."""
+    return cells.unflatten(1, (1, SIDE, SIDE)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 def spread(weight: Tensor, side: int) -> Tensor:
@@ -94,7 +106,7 @@ def features(model: LeNet5, images: Tensor) -> Tensor:
     (weight1, bias1), (weight2, bias2) = convolutions(model)
     parts = []
     for group in images.split(_group(images)):
-        x = by_offset(F.conv2d(F.pixel_unshuffle(group, SIDE), weight1, bias1)).sigmoid().sum(1)
+        x = by_offset(F.conv2d(into_cells(group), weight1, bias1)).sigmoid().sum(1)
         x = by_offset(F.conv2d(x, weight2, bias2)).sigmoid().sum(1)
         parts.append(x.flatten(1) / 2 - 1)
     return torch.cat(parts)
@@ -152,7 +164,7 @@ def pgd(
 def _pgd(
     network: Network, clean: Tensor, start: Tensor, target: Tensor, eps: Tensor, step: Tensor, steps: int, loss: str
 ) -> Tensor:
-    centre, x = F.pixel_unshuffle(clean, SIDE), F.pixel_unshuffle(start, SIDE)
+    centre, x = into_cells(clean), into_cells(start)
     low, high = (centre - eps).clamp_(min=0), (centre + eps).clamp_(max=1)
     for _ in range(steps):
         logits = network.forward(x)
@@ -163,7 +175,7 @@ def _pgd(
             gradient = logits.softmax(1) - target
         x = torch.addcmul(x, step, network.backward(gradient).sign_())
         x = torch.minimum(torch.maximum(x, low), high)
-    return F.pixel_shuffle(x, SIDE)
+    return into_images(x)
 
 
 def _group(images: Tensor) -> int:
