@@ -79,7 +79,8 @@ def test_gradient_of_the_images(count: int, classes: int) -> None:
 @pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pgd_equals_a_loop_written_out(loss: str, dtype: torch.dtype) -> None:
-    model, count, steps = lenet(dtype=dtype), 150, 5  # more than a group
+    model, steps = lenet(dtype=dtype), 5
+    count = 30 if dtype == torch.float32 else 150  # more than a group, where rounding turns no sign
     clean, labels = noise(count, 1, 32, 32).to(dtype), torch.arange(count) % 10
     eps = torch.linspace(0, 0.1, count, dtype=dtype)
     step_size, ball = eps / 3, eps.view(-1, 1, 1, 1)
@@ -101,7 +102,7 @@ def test_pgd_equals_a_loop_written_out(loss: str, dtype: torch.dtype) -> None:
         x = torch.minimum(torch.maximum(x, clean - ball), clean + ball).clamp(0, 1)
     found = cells.pgd(model, clean, start, targets, eps, step_size, steps, loss)
     differing = ((found - x).abs() > 1e-6).double().mean().item()
-    assert differing <= (4e-3 if dtype == torch.float32 else 0)  # this loop in float32 and float64: 2e-3 with kl
+    assert differing <= (1e-3 if dtype == torch.float32 else 0)
     assert torch.equal(found[0], clean[0])  # radius 0
     assert torch.equal(found, cells.pgd(model, clean, start, targets, eps, step_size, steps, loss))
 

@@ -366,6 +366,10 @@ def test_hooks_are_called_by_attacks_too(model):
         assert len(calls) >= 4  # each step, and the check of the labels
         calls.clear()
     assert kernels.fast(model) is not None
+    for register in ("register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
+        handle = getattr(model.conv1, register)(lambda *_: None)
+        assert kernels.fast(model) is None
+        handle.remove()
 
 
 def test_the_switch(model, monkeypatch):

@@ -192,7 +192,8 @@ class _Features(torch.autograd.Function):
 
 def _intact(model: nn.Module) -> bool:
     """Whether the model is what its class builds: no layer replaced, pruned or reparametrised, no hook on any."""
-    if any(part._forward_pre_hooks or part._forward_hooks or part._backward_hooks for part in model.modules()):
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    if any(getattr(part, kind) for part in model.modules() for kind in hooks):
         return False
     for name, (kind, _) in LAYERS.items():
         layer = getattr(model, name, None)
