@@ -177,12 +177,12 @@ def value_bars(scored: pd.DataFrame, note: str, unit: str = "error (%)") -> Figu
 
 
 def grid_maps(scored: pd.DataFrame, columns: Sequence[str], note: str) -> Figure:
-    """Heat maps of error (%) over two rates: `scored` is indexed by (natural rate, boundary rate)."""
+    """Heat maps of error (%) over two strengths: `scored` is indexed by (α natural, α boundary)."""
     figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.8), layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
         table = scored[column].unstack()
         sns.heatmap(table, annot=True, fmt=".1f", cmap="cividis", cbar=False, ax=axis)
-        axis.set(title=f"{column} (%)", xlabel="boundary rate", ylabel="natural rate")
+        axis.set(title=f"{column} (%)", xlabel="α boundary", ylabel="α natural")
     figure.suptitle(note, x=0.01, ha="left", fontsize=11)
     return figure
 
