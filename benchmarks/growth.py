@@ -88,7 +88,7 @@ def draw(record: dict[str, object], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from frlkit import figures
+    from frlkit.report import figures
 
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     for axis, (panel, points) in zip(axes, record["images_per_s"].items(), strict=True):

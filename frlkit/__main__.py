@@ -53,7 +53,7 @@ def reproduce(dataset: str, profile: str, retrain: bool, output: Path) -> None:
 @main.command()
 def report() -> None:
     """Write the tables of README.md and REPORT.md anew from shipped records, notebooks and benchmark results."""
-    from frlkit import documents
+    from frlkit.report import documents
 
     changed = documents.refresh()
     click.echo(f"written anew: {', '.join(changed)}" if changed else "every table is up to date")
@@ -147,7 +147,8 @@ def table(runs: tuple[Path, ...], output: Path | None) -> None:
 
     Errors in %, mean ± sd over seeds, and a bootstrap 95 % interval of the worst class.
     """
-    from frlkit import checkpoint, documents, tables
+    from frlkit import checkpoint
+    from frlkit.report import documents, tables
 
     kind = output.suffix if output else ""
     if kind not in ("", ".csv", ".parquet", ".md"):
@@ -226,8 +227,9 @@ def evaluate(
     WEIGHTS is any file of plain tensors whose shapes match the model's in order, such as a torch.save of a state_dict.
     The JSON holds natural, robust and boundary as lists of fractions by class.
     """
-    from frlkit import checkpoint, data, evaluation, models, tables
+    from frlkit import checkpoint, data, evaluation, models
     from frlkit.doubts import doubts
+    from frlkit.report import tables
 
     attack = evaluation.Attack(eps, step_size, steps, restarts, loss, seed)
     chosen = data.pick_device(device)

@@ -18,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import PROJECT, KitError, checkpoint, claims, data
+from frlkit import PROJECT, KitError, checkpoint, data
+from frlkit.report import claims
 
 NOTEBOOKS = PROJECT / "notebooks"
 #: Data set -> notebooks/profiles/*.yaml; anyone's own has the schedule of "full".

@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 import frlkit
-from frlkit import claims, reproduce
+from frlkit import reproduce
+from frlkit.report import claims
 
 NOTEBOOKS = frlkit.PROJECT / "notebooks"
 THEORY, REWEIGHT = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03"))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from frlkit import KitError, claims
-from frlkit.claims import Claim
+from frlkit import KitError
+from frlkit.report import claims
+from frlkit.report.claims import Claim
 
 ROWS = [
     Claim("errors differ between classes (the paper)", "3.1 ± 0.2 % against 40.5 ± 1.0 %", "confirmed"),

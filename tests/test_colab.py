@@ -25,7 +25,8 @@ import pytest
 import torch
 
 import frlkit
-from frlkit import checkpoint, claims
+from frlkit import checkpoint
+from frlkit.report import claims
 
 DISPARITY = next((frlkit.PROJECT / "notebooks").glob("01_*.ipynb"))
 SMOKE = frlkit.PROJECT / "notebooks" / "profiles" / "smoke.yaml"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from frlkit import PROJECT, KitError, checkpoint, documents, training
+from frlkit import PROJECT, KitError, checkpoint, training
 from frlkit.__main__ import main
 from frlkit.evaluation import read_record
+from frlkit.report import documents
 
 README = (PROJECT / "README.md").read_text()
 

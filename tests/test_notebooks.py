@@ -15,7 +15,8 @@ import nbformat
 import pytest
 
 import frlkit
-from frlkit import claims, notebook
+from frlkit import notebook
+from frlkit.report import claims
 
 NOTEBOOKS = sorted((frlkit.PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 DISPARITY, THEORY = NOTEBOOKS[:2]

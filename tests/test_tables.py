@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from frlkit import PROJECT, KitError, claims, tables
+from frlkit import PROJECT, KitError
 from frlkit.__main__ import main
 from frlkit.evaluation import Attack
+from frlkit.report import claims, tables
 
 
 def record(seed: int, natural: list[float], robust: list[float]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 from IPython.display import display
 
-from frlkit import KitError, tables
+from frlkit import KitError
+from frlkit.report import tables
 
 VERDICTS = ("confirmed", "partly", "not established", "refuted", "not tested")
 MIME = "application/vnd.frlkit.claims+json"

@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from frlkit.tables import MEASURES
+from frlkit.report.tables import MEASURES
 
 #: Recipes as figures and tables name them.
 TITLES = {

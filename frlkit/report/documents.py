@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from frlkit import PROJECT, KitError, checkpoint, claims, evaluation, models, published, tables, training
+from frlkit import PROJECT, KitError, checkpoint, evaluation, models, training
+from frlkit.report import claims, published, tables
 
 DOCUMENTS = ("README.md", "REPORT.md")
 #: Retraining recipes of README's table, after the model that they start from.
