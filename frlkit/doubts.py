@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from frlkit.attacks import evaluating, objective, pgd
+from frlkit.attacks import evaluating, logits, objective, pgd
 from frlkit.data import Split
 from frlkit.evaluation import predict, stream
 
@@ -29,7 +29,7 @@ def doubts(model: nn.Module, split: Split) -> list[str]:
 
 def _probabilities(model: nn.Module, x: Tensor) -> str:
     with torch.no_grad(), evaluating(model):
-        outputs = model(x)
+        outputs = logits(model, x)
     if bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones(len(x), device=x.device), atol=1e-4):
         return "the network returns probabilities: attacks need logits, or their gradients vanish"
     return ""
@@ -38,7 +38,7 @@ def _probabilities(model: nn.Module, x: Tensor) -> str:
 def _vanishing_gradients(model: nn.Module, x: Tensor, y: Tensor) -> str:
     with torch.enable_grad(), evaluating(model):
         pixels = x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(model(pixels), y, "ce").sum(), pixels, allow_unused=True)
+        (gradient,) = torch.autograd.grad(objective(logits(model, pixels), y, "ce").sum(), pixels, allow_unused=True)
     zero = 1.0 if gradient is None else (gradient.flatten(1) == 0).all(1).double().mean().item()
     if zero > 0.01:
         return f"{zero:.0%} of the images have no input gradient at all: PGD cannot attack them, trust no robust error"

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit import KitError, __version__, checkpoint, kernels
-from frlkit.attacks import LOSSES, evaluating, pgd
+from frlkit.attacks import LOSSES, evaluating, logits, pgd
 from frlkit.data import Dataset, Split
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ def number_format(precision: str, device: torch.device) -> Iterator[None]:
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted classes (N,) of float images, in eval mode; the mode is restored."""
     with evaluating(model):
-        return model(images).argmax(1)
+        return logits(model, images).argmax(1)
 
 
 def _attacked(model: nn.Module, split: Split, attack: Attack) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -165,7 +165,7 @@ def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     sums: Tensor | float = 0.0
     for _, y, adversarial in _attacked(model, split, attack):
         with evaluating(model):
-            probabilities = model(adversarial).softmax(1).double().cpu()
+            probabilities = logits(model, adversarial).softmax(1).double().cpu()
         sums = sums + F.one_hot(y.cpu(), probabilities.shape[1]).double().T @ probabilities
     return sums / sums.sum(1, keepdim=True)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import KitError, checkpoint, kernels
+from frlkit import KitError, checkpoint
 
 SIZE = 32  # every network's input side in pixels
 RESNET_WIDTHS = (64, 64, 128, 256, 512)
@@ -35,11 +35,8 @@ class LeNet5(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.image_shape)
-        if path := kernels.fast(self, image_gradient=images.requires_grad):
-            x = path.features(self, images)  # (N, 400)
-        else:
-            x = F.avg_pool2d(self.conv1(images).tanh(), 2)  # (N, 6, 14, 14)
-            x = F.avg_pool2d(self.conv2(x).tanh(), 2).flatten(1)  # (N, 400)
+        x = F.avg_pool2d(self.conv1(images).tanh(), 2)  # (N, 6, 14, 14)
+        x = F.avg_pool2d(self.conv2(x).tanh(), 2).flatten(1)  # (N, 400)
         # conv3's 5x5 windows cover the whole 5x5 map: it is a linear layer, (N, 120)
         x = F.linear(x, self.conv3.weight.flatten(1), self.conv3.bias).tanh()
         return self.fc2(self.fc1(x).tanh())

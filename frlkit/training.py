@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from frlkit import KitError, checkpoint, distributed, evaluation, fairness, kernels, models
-from frlkit.attacks import pgd
+from frlkit.attacks import logits, pgd
 from frlkit.data import Dataset, Split, augmented, check_name, folder_name
 from frlkit.evaluation import Attack, stream
 
@@ -257,14 +257,14 @@ def loss(
         return _fair_loss(model, x, y, config, generator, balance)
     attack = (config.eps_255 / 255, config.step_255 / 255, config.steps)
     if config.method == "natural":
-        return F.cross_entropy(model(x), y)
+        return F.cross_entropy(logits(model, x), y)
     if config.method == "pgd_at":
         share = math.ceil(config.attacked * len(x))  # the batch is in random order, so its head is a random share
         adversarial = pgd(model, x[:share], y[:share], *attack, generator=generator)
-        return F.cross_entropy(model(torch.cat([adversarial, x[share:]])), y)
+        return F.cross_entropy(logits(model, torch.cat([adversarial, x[share:]])), y)
     adversarial = pgd(model, x, y, *attack, loss="kl", random_start="gaussian", generator=generator)
-    clean = model(x)
-    divergence = F.kl_div(model(adversarial).log_softmax(1), clean.softmax(1), reduction="batchmean")
+    clean = logits(model, x)
+    divergence = F.kl_div(logits(model, adversarial).log_softmax(1), clean.softmax(1), reduction="batchmean")
     return F.cross_entropy(clean, y) + config.beta * divergence
 
 
@@ -284,20 +284,20 @@ def _fair_loss(
         step = step * (own if config.step == "own" else own.max())
     if config.method == "frl":
         adversarial = pgd(model, x, y, eps, step, config.steps, loss="kl", random_start="gaussian", generator=generator)
-        clean, attacked = model(torch.cat([x, adversarial])).chunk(2)
+        clean, attacked = logits(model, torch.cat([x, adversarial])).chunk(2)
         natural = _weighted_cross_entropy(clean, y, balance.weights_nat)
         return natural + config.beta * _weighted_divergence(attacked, clean, balance.weights_bdy[y])
     share = math.ceil(config.attacked * len(x))
     adversarial = pgd(model, x[:share], y[:share], eps[:share], step[:share], config.steps, generator=generator)
     if config.method == "pgd_at":
-        return _weighted_cross_entropy(model(torch.cat([adversarial, x[share:]])), y, balance.weights_bdy)
+        return _weighted_cross_entropy(logits(model, torch.cat([adversarial, x[share:]])), y, balance.weights_bdy)
     if config.method == "report_remargin":
         order = torch.randperm(len(x), generator=generator, device=x.device)
         shuffled = torch.cat([adversarial, x[share:]])[order]
         labels = y if config.unshuffled_labels else y[order]
-        clean, mixed = model(torch.cat([x, shuffled])).chunk(2)
+        clean, mixed = logits(model, torch.cat([x, shuffled])).chunk(2)
         return _weighted_cross_entropy(clean, y, balance.weights_nat) + F.cross_entropy(mixed, labels)
-    clean, attacked = model(torch.cat([x, adversarial])).chunk(2)
+    clean, attacked = logits(model, torch.cat([x, adversarial])).chunk(2)
     natural = _weighted_cross_entropy(clean, y, balance.weights_nat)
     if config.predicted_targets:
         return natural + _weighted_cross_entropy(attacked, clean.argmax(1), balance.weights_bdy)

@@ -63,6 +63,21 @@ def test_features_and_their_gradients(count: int) -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("classes", [10, 3])
+def test_logits_and_their_gradients_in_weights_and_images(classes: int) -> None:
+    model, images, pull = lenet(classes), noise(7, 1, 32, 32).requires_grad_(), noise(7, classes)
+    parameters = [images, *model.parameters()]
+    ours, theirs = cells.forward(model, images), logits(model, images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(images), theirs, rtol=1e-12, atol=1e-12)
+    for mine, reference in zip(
+        torch.autograd.grad((ours * pull).sum(), parameters),
+        torch.autograd.grad((theirs * pull).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("count", "classes"), [(0, 10), (1, 10), (9, 10), (5, 3), (5, 43)])
 def test_gradient_of_the_images(count: int, classes: int) -> None:
     model, images, pull = lenet(classes), noise(count, 1, 32, 32), noise(count, classes)
@@ -117,7 +132,7 @@ def test_no_images_no_result() -> None:
     model, none = lenet(3), noise(0, 1, 32, 32)
     labels, radii = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
     assert cells.pgd(model, none, none, labels, radii, radii, 2, "ce").shape == none.shape
-    assert model(none).shape == (0, 3)
+    assert cells.forward(model, none).shape == model(none).shape == (0, 3)
 
 
 def test_first_use_without_gradients_later_use_with() -> None:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from frlkit import KitError, attacks, kernels, models
+from frlkit.kernels import build, cells, native
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 
 def why_not() -> str:
     """Why this machine cannot build the native path; empty where it can (and so must)."""
-    if torch.backends.cpu.get_cpu_capability() not in kernels.TARGETS:
+    if torch.backends.cpu.get_cpu_capability() not in build.TARGETS:
         return "no native path: this processor has no AVX2"
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         return "no native path: there is no C++ compiler"
@@ -38,8 +39,8 @@ def automatic(monkeypatch):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """As in a new process with an empty cache; what the test did to the module is undone."""
-    monkeypatch.setattr(kernels, "_asked", False)
-    monkeypatch.setattr(kernels, "_library", None)
+    monkeypatch.setattr(native, "_asked", False)
+    monkeypatch.setattr(native, "_library", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "frlkit"
 
@@ -115,7 +116,7 @@ def test_the_native_path_is_there_where_it_can_be(model):
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 17, 100])
 def test_pgd_is_plain_pytorchs(model, loss, allowed, count):
     inputs = batch(count, loss)
-    result = kernels.pgd(model, **inputs)
+    result = native.pgd(model, **inputs)
     assert (result.shape, result.dtype, result.requires_grad) == (inputs["images"].shape, torch.float32, False)
     differing = ((result - oracle(model, **inputs)).abs() > 1e-6).float().mean().item()
     assert differing <= allowed
@@ -130,17 +131,17 @@ def test_pgd_is_plain_pytorchs(model, loss, allowed, count):
 def test_no_radius_no_steps_and_no_images_change_nothing(model):
     inputs = batch(9)
     still = {**inputs, "eps": torch.zeros(9), "start": inputs["images"]}
-    assert torch.equal(kernels.pgd(model, **still), inputs["images"])
-    assert torch.equal(kernels.pgd(model, **{**inputs, "steps": 0}), inputs["start"])
-    assert kernels.pgd(model, **batch(0)).shape == (0, 1, 32, 32)
-    assert kernels.features(model, torch.zeros(0, 1, 32, 32)).shape == (0, 400)
+    assert torch.equal(native.pgd(model, **still), inputs["images"])
+    assert torch.equal(native.pgd(model, **{**inputs, "steps": 0}), inputs["start"])
+    assert native.pgd(model, **batch(0)).shape == (0, 1, 32, 32)
+    assert native.features(model, torch.zeros(0, 1, 32, 32)).shape == (0, 400)
 
 
 @needs_native
 def test_a_zero_gradient_moves_nothing(model):
     nn.init.zeros_(model.fc2.weight)
     inputs = batch(9)
-    assert torch.equal(kernels.pgd(model, **inputs), inputs["start"])
+    assert torch.equal(native.pgd(model, **inputs), inputs["start"])
 
 
 @needs_native
@@ -154,7 +155,7 @@ def test_the_first_of_equal_rivals_is_pushed(model):
     z = logits([p.detach() for p in model.parameters()], x)
     first = torch.where(labels == 0, 1, 0)
     (gradient,) = torch.autograd.grad((z.gather(1, first[:, None]) - z.gather(1, labels[:, None])).sum(), x)
-    moved = kernels.pgd(model, black, black, labels, step, step, 1, "margin")
+    moved = native.pgd(model, black, black, labels, step, step, 1, "margin")
     clear = gradient.abs() > 1e-4 * gradient.abs().max()
     assert torch.equal((moved > 0)[clear], (gradient > 0)[clear])
 
@@ -166,7 +167,7 @@ def test_features_and_their_gradients_are_plain_pytorchs(model, count):
     weights = torch.randn(count, 400, generator=torch.Generator().manual_seed(2))
     exact = [p.detach().double().requires_grad_() for p in model.parameters()]
     expected = stages(exact, images.double())
-    result = kernels.features(model, images)
+    result = native.features(model, images)
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
     gradients = torch.autograd.grad((result * weights).sum(), [*model.conv1.parameters(), *model.conv2.parameters()])
     for ours, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), exact[:4]), strict=True):
@@ -174,21 +175,25 @@ def test_features_and_their_gradients_are_plain_pytorchs(model, count):
 
 
 @needs_native
-def test_training_through_the_model_gives_every_parameter_its_gradient(model, monkeypatch):
+def test_training_through_the_fast_paths_gives_every_parameter_its_gradient(model, monkeypatch):
     images, labels = batch(20)["images"], batch(20)["targets"]
     gradients = {}
     for setting in ("auto", "off"):
         monkeypatch.setenv("FRLKIT_KERNEL", setting)
-        gradients[setting] = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
-    for native, portable in zip(gradients["auto"], gradients["off"], strict=True):
-        torch.testing.assert_close(native, portable, rtol=1e-3, atol=1e-5 * float(portable.abs().max()) + 1e-8)
+        assert kernels.fast(model) is (native if setting == "auto" else cells)
+        gradients[setting] = torch.autograd.grad(
+            F.cross_entropy(attacks.logits(model, images), labels), list(model.parameters())
+        )
+    gradients["plain"] = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
+    for fast, portable in zip((*gradients["auto"], *gradients["off"]), 2 * gradients["plain"], strict=True):
+        torch.testing.assert_close(fast, portable, rtol=1e-3, atol=1e-5 * float(portable.abs().max()) + 1e-8)
 
 
 @needs_native
 def test_nan_weights_show(model):
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, 0] = torch.nan
-    assert kernels.features(model, batch(3)["images"]).isnan().any()
+    assert native.features(model, batch(3)["images"]).isnan().any()
 
 
 @needs_native
@@ -198,10 +203,10 @@ def test_repeats_and_threads_change_no_bit(model):
     try:
         for count in (1, 1, 2, 3):
             torch.set_num_threads(count)
-            features = kernels.features(model, images)
+            features = native.features(model, images)
             features.square().sum().backward()
             gradients = [p.grad for p in (*model.conv1.parameters(), *model.conv2.parameters())]
-            seen.append([kernels.pgd(model, **batch(100)), features.detach(), *gradients])
+            seen.append([native.pgd(model, **batch(100)), features.detach(), *gradients])
             model.zero_grad(set_to_none=True)
     finally:
         torch.set_num_threads(threads)
@@ -212,9 +217,9 @@ def test_repeats_and_threads_change_no_bit(model):
 @needs_native
 def test_an_image_does_not_depend_on_its_batch(model):
     inputs = batch(20)
-    whole = kernels.pgd(model, **inputs)
+    whole = native.pgd(model, **inputs)
     part = {name: value[13:] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    assert torch.equal(kernels.pgd(model, **part), whole[13:])
+    assert torch.equal(native.pgd(model, **part), whole[13:])
 
 
 # In the child, torch's own pool of threads is gone and would hang: hence comparisons too small for it, and an alarm.
@@ -222,10 +227,11 @@ def test_an_image_does_not_depend_on_its_batch(model):
 def test_it_works_after_fork_beside_torchs_own_threads():
     code = """if True:
         import os, signal, sys, torch
-        from frlkit import kernels, models
+        from frlkit import models
+        from frlkit.kernels import native
         torch.set_num_threads(2)
         model, x, e = models.build("lenet5", seed=1), torch.rand(64, 1, 32, 32), torch.full((64,), 0.1)
-        attack = lambda: kernels.pgd(model, x, x, torch.arange(64) % 10, e, e / 4, 2, "ce")
+        attack = lambda: native.pgd(model, x, x, torch.arange(64) % 10, e, e / 4, 2, "ce")
         torch.ones(500, 500) @ torch.ones(500, 500)
         before = attack()
         child = os.fork()
@@ -269,7 +275,26 @@ def test_it_works_after_fork_beside_torchs_own_threads():
 )
 def test_pgd_refuses_what_does_not_fit(model, change):
     with pytest.raises(KitError):
-        kernels.pgd(model, **{**batch(9), **change})
+        native.pgd(model, **{**batch(9), **change})
+
+
+@needs_native
+def test_images_that_ask_for_a_gradient_get_one(model):
+    """The native logits have none in the images, so `fast` gives those of the portable path."""
+    images = batch(5)["images"].requires_grad_()
+    (ours,) = torch.autograd.grad(attacks.logits(model, images).square().sum(), images)
+    (theirs,) = torch.autograd.grad(model(images).square().sum(), images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+    with pytest.raises(KitError, match="gradient"):
+        native.forward(model, images)
+
+
+@pytest.mark.parametrize("path", [native, cells])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 28, 28), (1, 32, 32)])
+def test_images_of_another_shape_are_refused_as_the_model_does(model, path, shape):
+    for forward in (lambda x: path.forward(model, x), model):
+        with pytest.raises(KitError, match="do not fit this network"):
+            forward(torch.rand(shape))
 
 
 @needs_native
@@ -277,7 +302,7 @@ def test_features_refuse_what_does_not_fit(model):
     right = torch.rand(3, 1, 32, 32)
     for images in (right[0], right[..., :28], right.double(), right.clone().requires_grad_()):
         with pytest.raises(KitError):
-            kernels.features(model, images)
+            native.features(model, images)
 
 
 @needs_native
@@ -286,23 +311,32 @@ def test_features_refuse_what_does_not_fit(model):
 )
 def test_a_model_it_does_not_serve_is_refused_not_read_past_its_end(other):
     with pytest.raises(KitError, match="does not serve"):
-        kernels.pgd(other, **batch(9))
+        native.pgd(other, **batch(9))
     with pytest.raises(KitError, match="does not serve"):
-        kernels.features(other, batch(9)["images"])
+        native.features(other, batch(9)["images"])
 
 
 @needs_native
 def test_backward_reads_the_weights_that_forward_read(model):
     """`functional_call` lends the model other weights for one forward pass."""
-    images, other = batch(9)["images"], dict(models.build("lenet5", seed=5).named_parameters())
-    lent = torch.func.functional_call(model, other, (images,)).square().sum()
-    own = models.build("lenet5", seed=5)(images).square().sum()
+
+    class Fast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            return attacks.logits(self.inner, images)
+
+    images, expected = batch(9)["images"], models.build("lenet5", seed=5)
+    other = {f"inner.{name}": weight for name, weight in models.build("lenet5", seed=5).named_parameters()}
+    lent = torch.func.functional_call(Fast(), other, (images,)).square().sum()
+    own = native.forward(expected, images).square().sum()
     assert torch.equal(lent, own)
     lent.backward()
-    expected = models.build("lenet5", seed=5)
-    expected(images).square().sum().backward()
+    own.backward()
     for name, parameter in expected.named_parameters():
-        assert torch.equal(other[name].grad, parameter.grad)
+        assert torch.equal(other[f"inner.{name}"].grad, parameter.grad)
 
 
 @needs_native
@@ -310,7 +344,7 @@ def test_strided_input_is_read_as_torch_reads_it(model):
     inputs = batch(9)
     turned = {**inputs, "images": inputs["images"].mT.contiguous().mT, "eps": inputs["eps"].repeat_interleave(2)[::2]}
     assert not turned["images"].is_contiguous()
-    assert torch.equal(kernels.pgd(model, **turned), kernels.pgd(model, **inputs))
+    assert torch.equal(native.pgd(model, **turned), native.pgd(model, **inputs))
 
 
 class Impostor(nn.Module):
@@ -372,6 +406,12 @@ def test_hooks_are_called_by_attacks_too(model):
         handle.remove()
 
 
+def test_a_forward_of_its_own_is_called(model):
+    model.forward = lambda x: x.flatten(1)[:, :10]
+    assert kernels.fast(model) is None
+    assert torch.equal(attacks.logits(model, torch.ones(2, 1, 32, 32)), torch.ones(2, 10))
+
+
 def test_the_switch(model, monkeypatch):
     monkeypatch.setenv("FRLKIT_KERNEL", "off")
     assert not kernels.available(model)
@@ -408,7 +448,7 @@ def test_with_a_broken_compiler_one_warning_and_pytorch(fresh, model, monkeypatc
 def test_source_that_does_not_compile_is_said(fresh, model, monkeypatch, tmp_path):
     source = tmp_path / "lenet5.cpp"
     source.write_text("this is no C++")
-    monkeypatch.setattr(kernels, "SOURCE", source)
+    monkeypatch.setattr(build, "SOURCE", source)
     declines_once(model, "failed: .*error.*portable")
     assert not list(fresh.iterdir())
 
@@ -429,10 +469,10 @@ def wrong(name: str):
 @needs_native
 @pytest.mark.parametrize("name", ["frlkit_pgd", "frlkit_features_backward"])
 def test_a_library_that_computes_something_else_is_refused(model, monkeypatch, name):
-    build = kernels._build
-    monkeypatch.setattr(kernels, "_build", lambda: wrong(name)(build()))
-    monkeypatch.setattr(kernels, "_asked", False)
-    monkeypatch.setattr(kernels, "_library", None)
+    right = build.build
+    monkeypatch.setattr(build, "build", lambda: wrong(name)(right()))
+    monkeypatch.setattr(native, "_asked", False)
+    monkeypatch.setattr(native, "_library", None)
     declines_once(model, "differ.*autograd.*portable")
 
 
@@ -440,7 +480,7 @@ def test_a_library_that_computes_something_else_is_refused(model, monkeypatch, n
 def test_the_first_use_may_come_from_anywhere_and_draws_no_random_numbers(model, monkeypatch):
     before = torch.get_rng_state()
     for mode in (torch.no_grad, torch.inference_mode):
-        monkeypatch.setattr(kernels, "_asked", False)
+        monkeypatch.setattr(native, "_asked", False)
         with mode():
             assert kernels.available(model)
     assert torch.equal(torch.get_rng_state(), before)
@@ -455,11 +495,11 @@ def test_a_damaged_library_in_the_cache_is_built_again(fresh, model):
     library.unlink()  # this process still has the whole one open
     for damaged in (b"", good[:9000] + bytes(9000) + good[18_000:], good[:20_000]):
         library.write_bytes(damaged)
-        assert not kernels._is_whole(library)
+        assert not build._is_whole(library)
     code = "from frlkit import kernels, models; print(kernels.available(models.build('lenet5', seed=0)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "True", "")
-    assert kernels._is_whole(library)
+    assert build._is_whole(library)
 
 
 @needs_native

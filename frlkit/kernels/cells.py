@@ -21,14 +21,14 @@ benchmarks/epoch.py measures the whole with FRLKIT_KERNEL=off.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from frlkit.models import LeNet5
+from frlkit.models import LeNet5, check_images
+
+LAYERS = {"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv3": nn.Conv2d, "fc1": nn.Linear, "fc2": nn.Linear}
 
 GROUP = 128  # images treated together on CPU: more leave the cache, fewer waste the overhead of a call
 SIDE = 4  # of the images' cells, in pixels; those of the first stage's pooled map have 2, those of the second's 1
@@ -39,6 +39,30 @@ SIDE = 4  # of the images' cells, in pixels; those of the first stage's pooled m
 torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward  # (g, s) -> g s (1 - s), in one pass
+
+
+def serves(model: nn.Module) -> bool:
+    """Whether it is a LeNet-5 as its class builds it: no layer replaced, pruned or reparametrised, no hook on any."""
+    if type(model) is not LeNet5:
+        return False
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    if any("forward" in vars(part) or any(getattr(part, kind) for kind in hooks) for part in model.modules()):
+        return False
+    for name, kind in LAYERS.items():
+        layer = getattr(model, name, None)
+        if type(layer) is not kind:
+            return False
+        if not all(isinstance(tensor, nn.Parameter) for tensor in (layer.weight, layer.bias)):
+            return False  # pruning leaves a plain tensor
+        if kind is nn.Conv2d and not _is_plain(layer):
+            return False
+    return True
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    """Whether it is a 5x5 convolution with stride 1 and no padding."""
+    shape = layer.kernel_size, layer.stride, layer.dilation, layer.groups
+    return shape == ((5, 5), (1, 1), (1, 1), 1) and layer.padding in ((0, 0), "valid")
 
 
 def into_cells(images: Tensor) -> Tensor:
@@ -102,7 +126,7 @@ def by_offset(x: Tensor) -> Tensor:
 
 
 def features(model: LeNet5, images: Tensor) -> Tensor:
-    """What `frlkit.kernels.features` does, on any device and in any floating type, differentiable in all it takes."""
+    """What `native.features` does, on any device and in any floating type, differentiable in all it takes."""
     (weight1, bias1), (weight2, bias2) = convolutions(model)
     parts = []
     for group in images.split(_group(images)):
@@ -110,6 +134,21 @@ def features(model: LeNet5, images: Tensor) -> Tensor:
         x = by_offset(F.conv2d(x, weight2, bias2)).sigmoid().sum(1)
         parts.append(x.flatten(1) / 2 - 1)
     return torch.cat(parts)
+
+
+def classified(model: LeNet5, features: Tensor) -> Tensor:
+    """The layers behind the features (N, 400): logits (N, classes). conv3's windows cover the map: it is linear."""
+    x = F.linear(features, model.conv3.weight.flatten(1), model.conv3.bias).tanh()
+    return model.fc2(model.fc1(x).tanh())
+
+
+def forward(model: LeNet5, images: Tensor) -> Tensor:
+    """Logits (N, classes) of images (N, 1, 32, 32), on any device, with the gradient of all it takes.
+
+    Raises `KitError` for images of another shape.
+    """
+    check_images(images, model.image_shape)
+    return classified(model, features(model, images))
 
 
 class Network:
@@ -152,7 +191,7 @@ class Network:
 def pgd(
     model: LeNet5, images: Tensor, start: Tensor, targets: Tensor, eps: Tensor, step_size: Tensor, steps: int, loss: str
 ) -> Tensor:
-    """What `frlkit.kernels.pgd` does, on any device and in any floating type, for any number of classes."""
+    """What `native.pgd` does, on any device and in any floating type, for any number of classes."""
     if loss != "kl":
         targets = F.one_hot(targets, len(model.fc2.bias)).to(images.dtype)
     network = Network(model)

@@ -1,5 +1,5 @@
 // LeNet-5 (1x32x32 images, tanh, 2x2 mean pooling, ten classes) for CPUs with AVX2 or AVX-512: the projected-gradient
-// attack, and the convolutional features with the gradient of their weights. __init__.py builds, checks and calls it.
+// attack, and the convolutional features with the gradient of their weights. native.py checks and calls it.
 //
 // Layout. A vector register holds ONE activation of kLanes DIFFERENT images, side by side: 8 with AVX2, 16 with
 // AVX-512. Every operation of the network then works on whole registers, whatever the size of the layer, and no number
