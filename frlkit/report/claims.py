@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
-from IPython.display import display
 
 from frlkit import KitError
 from frlkit.report import tables
@@ -58,6 +57,8 @@ def opposite(verdict: str) -> str:
 
 def show(title: str, claims: list[Claim]) -> None:
     """Display the table in a notebook: HTML, plain text, and a machine-readable copy that `from_notebook` finds."""
+    from IPython.display import display  # of notebooks: not in the base install
+
     rows = [asdict(claim) for claim in claims]
     with pd.option_context("display.max_colwidth", None):
         html = pd.DataFrame(rows).to_html(index=False, border=0)
