@@ -26,7 +26,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         assert raw
         outputs.append({"output_type": "display_data", "metadata": {}, "data": json.loads(json.dumps(data))})
 
-    monkeypatch.setattr(claims, "display", display)
+    monkeypatch.setattr("IPython.display.display", display)
     return outputs
 
 
