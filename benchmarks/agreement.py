@@ -20,7 +20,7 @@ import frlkit
 # isort: split
 import torch
 
-from frlkit import attacks, checkpoint, data, evaluation, kernels, models
+from frlkit import attacks, checkpoint, data, evaluation, kernels, models, records
 from frlkit.evaluation import Attack
 
 SEEDS = range(3)
@@ -57,7 +57,7 @@ def main(out: Path | None) -> None:
         "largest_class_difference_points": 100 * float(np.abs(errors["native"] - errors["portable"]).max()),
         "class_spread_over_attack_seeds_points": 100 * float(np.ptp(errors["portable"], axis=0).max()),
         "attack_seeds": len(SEEDS),
-        "versions": evaluation.versions(),
+        "versions": records.versions(),
     }
     text = json.dumps(result, indent=1)
     click.echo(text)

@@ -27,7 +27,7 @@ import torchattacks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from frlkit import evaluation, fairness, kernels, models, training
+from frlkit import evaluation, fairness, kernels, models, recipes, records, training
 from frlkit.data import Split
 from frlkit.evaluation import Attack
 
@@ -75,7 +75,7 @@ def train_with_torchattacks(network: nn.Module, split: Split, steps: int, share:
 
 
 def train_with_kit(model: nn.Module, split: Split, steps: int, share: float) -> None:
-    config = training.Config("pgd_at", steps=steps, attacked=share, batch_size=BATCH)
+    config = recipes.Config("pgd_at", steps=steps, attacked=share, batch_size=BATCH)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
     for _ in training.train_epoch(model, optimizer, split, config, epoch=0):
         pass
@@ -91,7 +91,7 @@ def evaluate_with_torchattacks(network: nn.Module, split: Split, batch: int) -> 
 
 def reweight_epoch(model: nn.Module, split: Split, validation: Split) -> None:
     """An epoch of FRL Reweight: one evaluation updates the multipliers, then weighted training under PGD-10."""
-    config = training.configure("algorithm1_reweight", "fashion_mnist", 0, batch_size=BATCH)
+    config = recipes.configure("algorithm1_reweight", "fashion_mnist", 0, batch_size=BATCH)
     errors = evaluation.class_errors(model, validation, Attack(steps=20))
     natural, boundary = torch.from_numpy(errors.natural), torch.from_numpy(errors.boundary)
     state = fairness.update(fairness.initial(len(natural)), natural, boundary, config)
@@ -144,7 +144,7 @@ def gemm_peak() -> float:
 
 def processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -216,7 +216,7 @@ def main(images: int, pairs: int, threads: int, out: str | None) -> None:
         "images": images,
         "pairs": pairs,
         "processor": processor(),
-        "versions": {**evaluation.versions(), "torchattacks": torchattacks.__version__},
+        "versions": {**records.versions(), "torchattacks": torchattacks.__version__},
     }
     if out == "-":
         click.echo(json.dumps(table, indent=1))
@@ -231,7 +231,7 @@ def main(images: int, pairs: int, threads: int, out: str | None) -> None:
     click.echo(f"GEMM peak {peak / 1e9:.0f} GFLOP/s")
     click.echo(f"FRL epoch of 48,000 images: report's way {frl['report_s']} s, ours {frl['kit_s']} s, {frl['ratio']} x")
     if out:
-        Path(out).write_text(json.dumps(table, indent=1) + "\n")
+        Path(out).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from epoch import processor, random_images, seconds  # before torch, see there
 import torch
 from tqdm import tqdm
 
-from frlkit import evaluation, kernels, models, training
+from frlkit import kernels, models, recipes, records, training
 
 SLICE = 3200  # images of a timed epoch, where their number is not what varies
 
@@ -29,7 +29,7 @@ SLICE = 3200  # images of a timed epoch, where their number is not what varies
 def epoch(images: int = SLICE, batch_size: int = 100, steps: int = 10) -> Callable[[], None]:
     """One epoch of PGD-AT, ready to be timed."""
     model, split = models.build("lenet5", 10, seed=0), random_images(images)
-    config = training.Config("pgd_at", steps=steps, batch_size=batch_size)
+    config = recipes.Config("pgd_at", steps=steps, batch_size=batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
 
     def work() -> None:
@@ -123,7 +123,7 @@ def main(threads: int, out: Path | None, figure: Path | None) -> None:
         "threads": torch.get_num_threads(),
         "kernel": kernels.describe(models.build("lenet5")),
         "processor": processor(),
-        "versions": evaluation.versions(),
+        "versions": records.versions(),
     }
     text = json.dumps(record, indent=1)
     click.echo(text)

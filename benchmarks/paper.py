@@ -22,7 +22,7 @@ import torchattacks
 from torch import Tensor, nn
 
 import frlkit
-from frlkit import checkpoint, data, evaluation, models, training
+from frlkit import checkpoint, data, evaluation, losses, models, recipes, records
 from frlkit.evaluation import Attack
 
 IMAGES, EPOCHS, STEPS = 45_000, 100, 10  # CIFAR-10's training images less the validation split; the paper's inner steps
@@ -44,7 +44,7 @@ def timed(step: Callable[[], Any], repeats: int, device: torch.device) -> list[f
 
 
 def one_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, config: training.Config, plain: bool
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, config: recipes.Config, plain: bool
 ) -> None:
     """PGD-AT on one batch: the kit's loss, or torchattacks' PGD and cross-entropy."""
     model.train()
@@ -53,7 +53,7 @@ def one_step(
         loss = nn.functional.cross_entropy(model.train()(adversarial), y)
     else:
         with evaluation.number_format(config.precision, x.device):
-            loss = training.loss(model, x, y, config, evaluation.stream(0, device=x.device))
+            loss = losses.loss(model, x, y, config, evaluation.stream(0, device=x.device))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -69,7 +69,7 @@ def cost(name: str, batch: int, repeats: int, device: torch.device) -> list[dict
         model = models.build(name, seed=0)
         model = model.to(device) if precision is None else models.place(model, device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        config = training.Config("pgd_at", "cifar10", name, steps=STEPS, precision=precision or "float32")
+        config = recipes.Config("pgd_at", "cifar10", name, steps=STEPS, precision=precision or "float32")
 
         step = partial(one_step, model, optimizer, x, y, config, plain=precision is None)
         seconds = timed(step, repeats, device)
@@ -138,7 +138,7 @@ def main(name: str, batch: int, repeats: int, device: str, threads: int | None, 
         "extrapolated": f"{IMAGES} images, {EPOCHS} epochs, PGD-{STEPS}",
         "cost": cost(name, batch, repeats, place),
         "formats": formats(runs, place),
-        "versions": evaluation.versions(),
+        "versions": records.versions(),
     }
     text = json.dumps(result, indent=1)
     click.echo(text)

@@ -10,25 +10,26 @@ import tempfile
 import time
 from pathlib import Path
 
-from frlkit import sweep, training
+from frlkit import recipes
+from frlkit.scale import clusters, sweeps
 
 SWEEP = "grid: [{recipe: natural, seed: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], values: {epochs: %d}}]"
-carry_out = sweep._here
+carry_out = clusters._here
 
 
-def timed(run: sweep.Run, *place: object) -> tuple[Path, str, str]:
+def timed(run: sweeps.Run, *place: object) -> tuple[Path, str, str]:
     began = time.perf_counter()
     folder, error, _ = carry_out(run, *place)
     return folder, error, str(time.perf_counter() - began)
 
 
-def measure(epochs: int = training.Config("natural").epochs) -> dict[str, float]:
+def measure(epochs: int = recipes.Config("natural").epochs) -> dict[str, float]:
     """Seconds of the whole sweep and of its runs, processes, and the overhead as a share."""
-    with tempfile.TemporaryDirectory() as folder, sweep.local("cpu") as (engine, workers):
+    with tempfile.TemporaryDirectory() as folder, clusters.local("cpu") as (engine, workers):
         path = Path(folder) / "sweep.yaml"
         path.write_text(SWEEP % epochs)
-        planned = sweep.plan(path, Path(folder) / "runs")
-        sweep._here = timed
+        planned = sweeps.plan(path, Path(folder) / "runs")
+        clusters._here = timed
         began, own = time.perf_counter(), 0.0
         for name, error, seconds in engine(planned):
             print(f"{name.name} {error or 'finished'} {float(seconds):.1f} s", flush=True)

@@ -1,10 +1,13 @@
 """A reproduction kit for *To be Robust or to be Fair* (Xu et al., ICML 2021).
 
-Data flows one way: ``data`` -> ``models`` -> ``attacks`` -> ``training`` -> ``evaluation`` -> ``claims`` and
-``figures``; ``theory`` stands alone. The numbered notebooks are prose, parameters and calls to these modules.
+Floors, top down; an import never climbs: ``__main__``, ``reproduce`` · the wings ``audit``, ``report``, ``scale`` ·
+``runs`` · ``training``, ``records`` · ``losses`` · ``evaluation``, ``recipes`` · ``attacks``, ``fairness`` ·
+``kernels``, ``data`` · ``models``, ``checkpoint``, ``distributed`` · ``values``. ``theory`` stands alone. The numbered
+notebooks are prose, parameters and calls to these.
 """
 
 import os
+import sys
 from pathlib import Path
 
 # torch's threads wait for each other by spinning, for milliseconds; where a neighbour is busy that can cost a factor of
@@ -30,3 +33,8 @@ class KitError(ValueError):
 
     def _render_traceback_(self) -> list[str]:  # IPython's hook for an exception's display
         return [f"{type(self).__name__}: {self}"]
+
+
+def watched() -> bool:
+    """Whether a person sees progress live: a terminal, Jupyter or Colab, but not papermill, nbval or a pipe."""
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules

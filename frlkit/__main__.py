@@ -1,7 +1,10 @@
-"""``python -m frlkit``: the kit's command line."""
+"""``frlkit``, or ``python -m frlkit``: the kit's command line."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,29 +16,72 @@ from frlkit import PROJECT, KitError, __version__
 
 
 class _Group(click.Group):
-    """Shows a `KitError`, or a file that cannot be read or written, as one sentence, and Ctrl-C as how to go on."""
+    """Shows a `KitError`, or a file that cannot be read or written, as one sentence; Ctrl-C ends with status 130."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with contextlib.redirect_stdout(io.StringIO()) if context.params["quiet"] else contextlib.nullcontext():
+                return super().invoke(context)
         except (KitError, OSError) as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            raise click.ClickException("interrupted; the same command goes on from here") from None
+            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "certify")
+            stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")
+            stopped.exit_code = 130
+            raise stopped from None
+
+
+class _Choice(click.Choice):
+    """Names, known only when they are needed: importing what knows them takes seconds."""
+
+    def __init__(self, names: Callable[[], list[str]], others: str = "") -> None:
+        super().__init__([])
+        self.names, self.others = names, others
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join([*self.names(), *([self.others] if self.others else [])])}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)  # what it names refuses it in a sentence
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
+
+
+def _names(module: str, table: str) -> Callable[[], list[str]]:
+    def names() -> list[str]:
+        from importlib import import_module
+
+        return list(getattr(import_module(f"frlkit.{module}"), table))
+
+    return names
+
+
+DATA = click.option(
+    "--dataset", type=_Choice(_names("data", "READERS"), "folder:PATH"), default="fashion_mnist", show_default=True
+)
+DEVICE = click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
+RUNS = click.option(
+    "--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/."
+)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
-def main() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def main(quiet: bool) -> None:
     """Class-wise adversarial robustness and Fair Robust Learning: a reproduction kit.
 
     Data are found under the folder that FRLKIT_DATA names (default: data/ in the project); torchvision downloads
-    what is missing. Radii and step sizes are in 1/255.
+    what is missing. Radii and step sizes are in 1/255. For completion in bash:
+    eval "$(_FRLKIT_COMPLETE=bash_source frlkit)", and alike for zsh and fish.
     """
 
 
 @main.command()
-@click.option("--dataset", default="fashion_mnist", show_default=True, help="A data set of frlkit.data.")
+@DATA
 @click.option("--profile", default="", help="Parameters from notebooks/profiles, such as smoke; sets the data set.")
 @click.option("--retrain", is_flag=True, help="Train everything anew under OUTPUT/retrained, ignoring shipped runs.")
 @click.option("--output", type=click.Path(path_type=Path), default=PROJECT / "output", help="Default: output/.")
@@ -59,48 +105,77 @@ def report() -> None:
     click.echo(f"written anew: {', '.join(changed)}" if changed else "every table is up to date")
 
 
+@main.command()
+def recipes() -> None:
+    """List every recipe: its name, where it comes from, what it is."""
+    from frlkit.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        click.echo(f"{name:22}  {recipe.source:26}  {recipe.title}")
+
+
 @main.command(short_help="Train and evaluate a recipe, resuming what is there.")
-@click.argument("recipe")
-@click.option("--dataset", default="fashion_mnist", show_default=True)
+@click.argument("recipe", type=_Choice(_names("recipes", "RECIPES"), "RECIPE,FIELD=VALUE"), metavar="RECIPE")
+@DATA
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
-@click.option("--epochs", type=int, help="Default: the recipe's own, 15, or 8 for a retraining recipe.")
+@click.option("--epochs", type=int, help="Default: the recipe's own.")
 @click.option("--batch-size", type=int, default=100, show_default=True)
-@click.option("--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@RUNS
+@DEVICE
 def train(
     recipe: str, dataset: str, seeds: tuple[int, ...], epochs: int | None, batch_size: int, runs: Path, device: str
 ) -> None:
     """Train and evaluate RECIPE, resuming what is there.
 
-    RECIPE is natural, pgd_at_half, pgd_at, trades, or a retraining recipe of frlkit.fairness (uniform,
-    algorithm1_both, official_reweight, ...), which goes on from the same seed's pgd_at, trained first where it is
-    missing. Fields may be varied: "algorithm1_both,alpha_margin=1". The notebooks read the same folders:
-    RUNS/DATASET/RECIPE/seedN. On several GPUs: torchrun --nproc_per_node N -m frlkit train ...
+    RECIPE is one that `frlkit recipes` lists. A retraining recipe goes on from the finished run that it starts from
+    with the same seed (most: pgd_at), trained first where it is missing. Fields may be varied:
+    "algorithm1_both,alpha_margin=1". The notebooks read the same folders: RUNS/DATASET/RECIPE/seedN.
+    On several GPUs: torchrun --nproc_per_node N -m frlkit train ...
     """
-    from frlkit import data, distributed, training
+    from frlkit import data, distributed
+    from frlkit import runs as place_of
+    from frlkit.recipes import configure
 
     values = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
-    configs = [training.configure(recipe, dataset, seed, **values) for seed in seeds]
+    configs = [configure(recipe, dataset, seed, **values) for seed in seeds]
     place = distributed.start(data.pick_device(device))
     try:
         if distributed.shared():
             distributed.from_main(lambda: bool(data.load(dataset)))  # one process downloads
         tensors = data.load(dataset, device=place)
         for config in configs:
-            training.run(config, tensors, training.folder(runs, recipe, config))
+            folder = place_of.folder(runs, recipe, config)
+            place_of.run(config, tensors, folder)
+            if distributed.is_main():
+                click.echo(_result(folder))
     finally:
         distributed.stop()
 
 
+def _result(folder: Path) -> str:
+    """A finished run in one line: average and worst errors, and where it lies."""
+    from frlkit import records
+
+    record = records.read(folder / "record.json")
+    found = [("natural", record["natural"])]
+    found += [(f"PGD-{e['attack']['steps']} {e['attack']['eps_255']:g}/255", e["robust"]) for e in record["attacks"]]
+    parts = []
+    for name, errors in found:
+        worst = max(range(len(errors)), key=errors.__getitem__)
+        average = 100 * sum(errors) / len(errors)
+        parts.append(f"{name} {average:.1f} %, worst {record['class_names'][worst]} {100 * errors[worst]:.1f} %")
+    return f"{' · '.join(parts)} · {folder}"
+
+
 @main.command(short_help="Train and evaluate a grid of runs, as many at a time as there are cores.")
 @click.argument("file", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
-@click.option("--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/.")
+@RUNS
 @click.option("--dry-run", is_flag=True, help="List the runs, what is done and left, and how long that may take.")
 @click.option(
     "--jobs", type=click.IntRange(1), help="Processes at a time here. Default: one a core, or one a GPU share."
 )
 @click.option("--shares", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time on each GPU.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@DEVICE
 @click.option("--backend", type=click.Choice(("local", "ray", "dask")), default="local", show_default=True)
 @click.option("--address", default="", help="Of the existing cluster: HOST:PORT, ray://HOST:PORT, tcp://HOST:PORT.")
 def sweep(
@@ -112,29 +187,23 @@ def sweep(
     killed, the same command goes on. A run that fails does not stop the others and is named at the end. A Ray or Dask
     cluster needs the kit and the data (FRLKIT_DATA) on its workers, but no shared file system.
     """
-    from frlkit import sweep as engine
+    from frlkit.scale import clusters, sweeps
 
     if (backend == "local") == bool(address):
         raise KitError(f"--backend {backend} with --address {address!r} is not allowed: a cluster has one, local none")
     if jobs and backend != "local":
         raise KitError(f"--jobs {jobs} is not allowed with --backend {backend}: the cluster has as many as it has")
-    planned = engine.plan(file, runs)
-    place = (
-        engine.local(device, jobs, shares) if backend == "local" else engine.cluster(backend, address, device, shares)
-    )
+    planned = sweeps.plan(file, runs)
+    local = backend == "local"
+    place = clusters.local(device, jobs, shares) if local else clusters.cluster(backend, address, device, shares)
     with place as (carry_out, workers):
-        if not dry_run:
-            failed = engine.sweep(planned, carry_out)
-            click.echo(f"{len(planned) - len(failed)} of {len(planned)} runs are finished")
-            if failed:
-                raise KitError("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
+        if dry_run:
+            click.echo(sweeps.preview(planned, runs, workers))
             return
-        for run in planned:
-            click.echo(f"{'done' if run.done else 'left'}  {run.name}")
-        left = sum(not run.done for run in planned)
-        seconds = engine.estimate(planned, runs, workers)
-        time = "unknown: no run of such data and batches is finished" if seconds is None else _duration(seconds)
-        click.echo(f"{len(planned)} runs, {len(planned) - left} done, {left} left; time on {workers} processes: {time}")
+        failed = sweeps.sweep(planned, carry_out)
+        click.echo(f"{len(planned) - len(failed)} of {len(planned)} runs are finished")
+        if failed:
+            raise KitError("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
 
 
 @main.command(short_help="One row a method, over seeds, from the records of finished runs.")
@@ -169,25 +238,21 @@ def table(runs: tuple[Path, ...], output: Path | None) -> None:
         checkpoint.write_atomically(output, contents[kind]())
 
 
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else f"{seconds:.0f} s"
-
-
 @main.command()
-@click.option("--dataset", default="fashion_mnist", show_default=True)
-@click.option("--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/.")
+@DATA
+@RUNS
 @click.option("--tolerance", default=0.5, show_default=True, help="Percentage points that one class may differ by.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@DEVICE
 def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
     """Attack the weights of every finished run again and compare with its record; print the largest difference.
 
     Float rounding may flip single images on another processor, hence the tolerance.
     """
-    from frlkit import data, training
+    from frlkit import data
+    from frlkit.runs import verify as recompute
 
     differences = []
-    for folder, difference in training.verify(runs, data.load(dataset, device=data.pick_device(device))):
+    for folder, difference in recompute(runs, data.load(dataset, device=data.pick_device(device))):
         differences.append(100 * difference)
         click.echo(f"{differences[-1]:6.2f} points  {folder.parent.name}/{folder.name}")
     if not differences:
@@ -199,44 +264,36 @@ def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
 
 @main.command(short_help="Class-wise errors of any LeNet-5's weights.")
 @click.argument("weights", type=click.Path(path_type=Path))
-@click.option("--model", "model_name", default="lenet5", show_default=True)
-@click.option("--dataset", default="fashion_mnist", show_default=True)
+@click.option("--model", "model_name", type=_Choice(_names("models", "MODELS")), default="lenet5", show_default=True)
+@DATA
 @click.option("--eps", type=float, default=8, show_default=True, help="Radius of the attack, in 1/255.")
 @click.option("--step-size", type=float, default=2, show_default=True, help="Step of the attack, in 1/255.")
 @click.option("--steps", type=int, default=20, show_default=True)
 @click.option("--restarts", type=int, default=1, show_default=True)
-@click.option("--loss", default="ce", show_default=True, help="ce, kl or margin.")
+@click.option("--loss", type=_Choice(_names("attacks", "LOSSES")), default="ce", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@DEVICE
 def evaluate(
-    weights: Path,
-    model_name: str,
-    dataset: str,
-    eps: float,
-    step_size: float,
-    steps: int,
-    restarts: int,
-    loss: str,
-    seed: int,
-    out: Path | None,
-    device: str,
-) -> None:
+    weights: Path, model_name: str, dataset: str, eps: float, step_size: float, steps: int, restarts: int, loss: str,
+    seed: int, out: Path | None, device: str,
+) -> None:  # fmt: skip
     """Print the class-wise natural, boundary and robust error of WEIGHTS on the whole test set.
 
-    WEIGHTS is any file of plain tensors whose shapes match the model's in order, such as a torch.save of a state_dict.
-    The JSON holds natural, robust and boundary as lists of fractions by class.
+    WEIGHTS is any file of plain tensors whose shapes match the model's in order, such as a torch.save of a state_dict
+    or safetensors. The JSON holds natural, robust and boundary as lists of fractions by class.
     """
-    from frlkit import checkpoint, data, evaluation, models
-    from frlkit.doubts import doubts
+    from frlkit import checkpoint, data, evaluation, models, records
+    from frlkit.audit.doubts import doubts
+    from frlkit.audit.weights import load_weights
     from frlkit.report import tables
 
     attack = evaluation.Attack(eps, step_size, steps, restarts, loss, seed)
     chosen = data.pick_device(device)
     tensors = data.load(dataset, device=chosen)
     model = models.build(model_name, len(tensors.class_names))
-    models.load_weights(model, weights)
-    record = evaluation.evaluate(model.to(chosen), tensors, [attack])
+    load_weights(model, weights)
+    record = records.evaluate(model.to(chosen), tensors, [attack])
     entry = record.pop("attacks")[0]
     click.echo(f"{weights} on {record['images']} test images of {dataset}, errors in % under {attack}")
     click.echo(tables.error_table(record, entry["robust"]).to_string())

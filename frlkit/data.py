@@ -56,6 +56,9 @@ SIGNS = (
 PARTS = ("train", "test")  # of a folder of images
 
 
+_TENSORS = ("images", "labels")
+
+
 class DataUnavailableError(KitError):
     """A data set that is neither on disk nor can be downloaded."""
 
@@ -100,6 +103,20 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+    share: float = 0.1  # of the training images, in the validation split
+
+    def with_validation(self, share: float) -> Dataset:
+        """This data set with another share of its training images set aside: itself where the share is the same."""
+        if share == self.share:
+            return self
+        images, labels = (torch.cat([getattr(s, kind) for s in (self.train, self.validation)]) for kind in _TENSORS)
+        groups = None
+        if self.train.groups is not None and self.validation.groups is not None:
+            groups = torch.cat([self.train.groups, self.validation.groups])
+        both = Split(images, labels, groups, self.train.classes)
+        keep, held = stratified_split(labels.cpu(), share, 0, None if groups is None else groups.cpu())
+        parts = both.take(keep.to(labels.device)), both.take(held.to(labels.device))
+        return Dataset(self.name, self.class_names, *parts, self.test, share)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -168,7 +185,7 @@ def load(name: str, *, device: str | torch.device = "cpu", validation: float = 0
     draw = _digits_split if name == "digits" else stratified_split
     keep, held = draw(train.labels, validation, split_seed, train.groups)
     splits = [split.to(device, len(class_names)) for split in (train.take(keep), train.take(held), test)]
-    return Dataset(name, class_names, *splits)
+    return Dataset(name, class_names, *splits, validation)
 
 
 def _every_class(class_names: Sequence[str], split: Split, part: str, least: int) -> None:

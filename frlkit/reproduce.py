@@ -115,7 +115,7 @@ def _profile(name: str) -> dict[str, Any]:
 def _noted(path: Path) -> dict[str, Any]:
     """What was done before; nothing where the note is missing or damaged, since running again does no harm."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from frlkit import PROJECT, __version__, checkpoint, data, evaluation, models, training
+from frlkit import PROJECT, __version__, checkpoint, data, evaluation, models, recipes, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
@@ -171,9 +171,9 @@ class TestTrain:
         assert result.exit_code == 0, result.output
         folder = tmp_path / "digits" / "natural" / "seed0"
         assert sorted(os.listdir(folder)) == ["history.json", "record.json", "weights.pt"]
-        config = training.configure("natural", "digits", 0, epochs=1, batch_size=50)
+        config = recipes.configure("natural", "digits", 0, epochs=1, batch_size=50)
         record = json.loads((folder / "record.json").read_text())
-        assert training.Config(**record["config"]) == config
+        assert recipes.Config(**record["config"]) == config
         assert record["weights_sha256"] == checkpoint.digest(checkpoint.read(folder / "weights.pt")["model"])
         assert "digits/natural/seed0 epoch 1/1: loss " in result.output
 
@@ -195,8 +195,8 @@ class TestTrain:
         assert found["weights_sha256"] == record["weights_sha256"]
 
     def test_several_seeds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[training.Config, Path]] = []
-        monkeypatch.setattr(training, "run", lambda config, tensors, folder: asked.append((config, folder)))
+        asked: list[tuple[recipes.Config, Path]] = []
+        monkeypatch.setattr(runs, "run", lambda config, tensors, folder: asked.append((config, folder)))
         words = ("--dataset", "digits", "--seed", "3", "--seed", "5", "--runs", tmp_path)
         assert call("train", "trades", *words).exit_code == 0
         assert [(config.seed, folder.name) for config, folder in asked] == [(3, "seed3"), (5, "seed5")]
@@ -230,7 +230,7 @@ class TestTrain:
         def run(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(training, "run", run)
+        monkeypatch.setattr(runs, "run", run)
         said = sentence(call("train", "natural", "--dataset", "digits", "--runs", tmp_path))
         assert "the same command goes on from here" in said
 

@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import RandomCrop
 
-from frlkit import KitError, data, training
+from frlkit import KitError, data, recipes, runs
 
 GENERATOR = np.random.default_rng(0)
 
@@ -209,8 +209,8 @@ class TestFolder:
         assert data.load("folder:photos").test.images[0, :, 0, 0].tolist() == [1, 2, 3]
 
     def test_its_run_has_a_plain_folder_name(self, photos: Path) -> None:
-        config = training.configure("pgd_at", "folder:photos", 3)
-        assert training.folder(Path("runs"), "pgd_at", config) == Path("runs/folder-photos/pgd_at/seed3")
+        config = recipes.configure("pgd_at", "folder:photos", 3)
+        assert runs.folder(Path("runs"), "pgd_at", config) == Path("runs/folder-photos/pgd_at/seed3")
         assert config.model == "cnn3"
 
     @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ class TestFolder:
         with pytest.raises(KitError, match=f"dataset = '{name}'"):
             data.load(name)
         with pytest.raises(KitError, match=f"dataset = '{name}'"):
-            training.configure("natural", name, 0)
+            recipes.configure("natural", name, 0)
 
 
 class TestAugmented:

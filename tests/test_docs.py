@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from frlkit import PROJECT, KitError, checkpoint, training
+from frlkit import PROJECT, KitError, checkpoint, recipes
 from frlkit.__main__ import main
 from frlkit.evaluation import read_record
 from frlkit.report import documents
@@ -50,8 +50,8 @@ def test_shipped_runs_are_what_their_folders_say_and_all_different() -> None:
     for folder in folders:
         recipe, seed = folder.parent.name, int(folder.name.removeprefix("seed"))
         state = checkpoint.read(folder / "weights.pt")
-        wanted = training.configure(recipe, "fashion_mnist", seed)
-        assert state["config"] == training.described(wanted)
+        wanted = recipes.configure(recipe, "fashion_mnist", seed)
+        assert state["config"] == recipes.described(wanted)
         weights = checkpoint.digest(state["model"])
         assert seen.setdefault(weights, str(folder)) == str(folder)
         record, history = (read_record(folder / f"{name}.json") for name in ("record", "history"))

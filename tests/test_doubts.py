@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from frlkit import models
+from frlkit.audit.doubts import doubts
 from frlkit.data import Dataset
-from frlkit.doubts import doubts
 
 
 @pytest.fixture(scope="module")

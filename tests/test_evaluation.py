@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frlkit import KitError, attacks, checkpoint, evaluation, models
+from frlkit import KitError, attacks, checkpoint, evaluation, models, records
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack
 
@@ -206,7 +206,7 @@ class TestAttack:
 class TestRecord:
     def test_what_it_holds(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
         path = tmp_path / "record.json"
-        record = evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path, about={"config": {"seed": 3}})
+        record = records.evaluate(model, tiny, [QUICK, OTHER], path=path, about={"config": {"seed": 3}})
         assert record == json.loads(path.read_text(), parse_constant=never)
         assert record["config"] == {"seed": 3}
         assert record["dataset"] == "digits"
@@ -229,18 +229,18 @@ class TestRecord:
         self, model: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "record.json"
-        first = evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path)
+        first = records.evaluate(model, tiny, [QUICK, OTHER], path=path)
         before = path.read_bytes()
         monkeypatch.setattr(evaluation, "class_errors", never)
-        assert evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path) == first
-        assert evaluation.evaluate(model, tiny, [OTHER], path=path) == first
+        assert records.evaluate(model, tiny, [QUICK, OTHER], path=path) == first
+        assert records.evaluate(model, tiny, [OTHER], path=path) == first
         assert path.read_bytes() == before
 
     def test_only_missing_attacks_are_computed(
         self, model: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "record.json"
-        evaluation.evaluate(model, tiny, [QUICK], path=path)
+        records.evaluate(model, tiny, [QUICK], path=path)
         computed: list[Attack] = []
         straight = evaluation.class_errors
 
@@ -249,7 +249,7 @@ class TestRecord:
             return straight(model, split, attack)
 
         monkeypatch.setattr(evaluation, "class_errors", spy)
-        record = evaluation.evaluate(model, tiny, [OTHER, QUICK], path=path)
+        record = records.evaluate(model, tiny, [OTHER, QUICK], path=path)
         assert computed == [OTHER]
         assert [Attack(**entry["attack"]) for entry in record["attacks"]] == [QUICK, OTHER]
 
@@ -266,14 +266,14 @@ class TestRecord:
 
         monkeypatch.setattr(evaluation, "class_errors", stop_at_other)
         with pytest.raises(KeyboardInterrupt):
-            evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path)
+            records.evaluate(model, tiny, [QUICK, OTHER], path=path)
         (entry,) = json.loads(path.read_text())["attacks"]
         assert Attack(**entry["attack"]) == QUICK
 
     def test_other_weights_are_computed_anew(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
         path = tmp_path / "record.json"
-        first = evaluation.evaluate(model, tiny, [QUICK, OTHER], path=path)
-        second = evaluation.evaluate(models.build("lenet5", seed=8), tiny, [QUICK], path=path)
+        first = records.evaluate(model, tiny, [QUICK, OTHER], path=path)
+        second = records.evaluate(models.build("lenet5", seed=8), tiny, [QUICK], path=path)
         assert second["weights_sha256"] != first["weights_sha256"]
         assert second["natural"] != first["natural"]
         assert len(second["attacks"]) == 1
@@ -281,10 +281,10 @@ class TestRecord:
 
     def test_other_data_or_company_are_computed_anew(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
         path = tmp_path / "record.json"
-        evaluation.evaluate(model, tiny, [QUICK], path=path, about={"config": {"seed": 0}})
-        other = evaluation.evaluate(model, tiny, [OTHER], path=path, about={"config": {"seed": 1}})
+        records.evaluate(model, tiny, [QUICK], path=path, about={"config": {"seed": 0}})
+        other = records.evaluate(model, tiny, [OTHER], path=path, about={"config": {"seed": 1}})
         assert [Attack(**entry["attack"]) for entry in other["attacks"]] == [OTHER]
-        renamed = evaluation.evaluate(model, replace(tiny, name="others"), [QUICK], path=path)
+        renamed = records.evaluate(model, replace(tiny, name="others"), [QUICK], path=path)
         assert [Attack(**entry["attack"]) for entry in renamed["attacks"]] == [QUICK]
 
     @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"x"', "\x00"])
@@ -292,7 +292,7 @@ class TestRecord:
         path = tmp_path / "record.json"
         path.write_text(content)
         with pytest.raises(KitError, match=r"record\.json") as caught:
-            evaluation.evaluate(model, tiny, [QUICK], path=path)
+            records.evaluate(model, tiny, [QUICK], path=path)
         assert len(str(caught.value).splitlines()) == 1
         assert path.read_text() == content
 
@@ -300,13 +300,13 @@ class TestRecord:
         (tmp_path / "record.json").write_bytes(b"\xff\xfe{}")
         for name in ("nothing.json", "record.json"):
             with pytest.raises(KitError, match=name):
-                evaluation.read_record(tmp_path / name)
+                records.read(tmp_path / name)
 
     def test_weights_that_are_not_finite_are_not_recorded_as_a_number(self, tiny: Dataset, tmp_path: Path) -> None:
         network = models.build("lenet5", seed=0)
         with torch.no_grad():
             network.fc2.bias[0] = float("nan")
-        record = evaluation.evaluate(network, tiny, [QUICK], path=tmp_path / "record.json")
+        record = records.evaluate(network, tiny, [QUICK], path=tmp_path / "record.json")
         json.loads((tmp_path / "record.json").read_text(), parse_constant=never)
         assert sum(record["natural"]) == pytest.approx(9)  # argmax of NaN is one class: nine are all wrong
 
@@ -322,27 +322,27 @@ class TestLookUps:
     }
 
     def test_robust_errors_are_the_standard_attacks(self) -> None:
-        assert evaluation.robust_errors(self.RECORD, 8).tolist() == [0.3, 0.5]
-        assert evaluation.robust_errors(self.RECORD, 16.0).tolist() == [0.6, 0.7]
+        assert records.robust_errors(self.RECORD, 8).tolist() == [0.3, 0.5]
+        assert records.robust_errors(self.RECORD, 16.0).tolist() == [0.6, 0.7]
         with pytest.raises(KitError, match="no PGD-20 at 4/255"):
-            evaluation.robust_errors(self.RECORD, 4)
+            records.robust_errors(self.RECORD, 4)
 
     def test_largest_difference_by_hand(self) -> None:
         other = json.loads(json.dumps(self.RECORD))
-        assert evaluation.largest_difference(self.RECORD, other) == 0
+        assert records.largest_difference(self.RECORD, other) == 0
         other["attacks"][2]["robust"] = [0.6, 0.75]
-        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.05)
+        assert records.largest_difference(self.RECORD, other) == pytest.approx(0.05)
         other["natural"] = [0.1, 0.1]
-        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.1)
+        assert records.largest_difference(self.RECORD, other) == pytest.approx(0.1)
         other["attacks"].reverse()
-        assert evaluation.largest_difference(self.RECORD, other) == pytest.approx(0.1)
+        assert records.largest_difference(self.RECORD, other) == pytest.approx(0.1)
 
     @pytest.mark.parametrize("swapped", [False, True])
     def test_records_under_different_attacks_are_refused(self, swapped: bool) -> None:
         other = {**self.RECORD, "attacks": self.RECORD["attacks"][1:]}
         pair = (other, self.RECORD) if swapped else (self.RECORD, other)
         with pytest.raises(KitError, match="only one of the two records has PGD-50 at 8/255"):
-            evaluation.largest_difference(*pair)
+            records.largest_difference(*pair)
 
 
 class TestStream:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from test_training import StoppedError, assert_same_run
 from torch import Tensor, nn
 
-from frlkit import PROJECT, KitError, checkpoint, evaluation, fairness, models, training
+from frlkit import PROJECT, KitError, checkpoint, evaluation, fairness, losses, models, recipes, records, runs, training
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack, stream
 from frlkit.fairness import Setting
-from frlkit.training import Config, FairConfig
+from frlkit.recipes import Config, FairConfig
 
 QUICK = {"epochs": 3, "batch_size": 64, "steps": 2, "start_epochs": 1}
 RESUMED = ("algorithm1_reweight", "algorithm1_remargin", "algorithm1_both", "official_both", "report_remargin")
@@ -32,7 +32,7 @@ RESUMED += ("baseline_reweight", "dafa", "report_reweight,update_images=28,smoot
 
 
 def fair(recipe: str, **values: Any) -> FairConfig:
-    config = training.configure(recipe, "digits", 0, **{**QUICK, **values})
+    config = recipes.configure(recipe, "digits", 0, **{**QUICK, **values})
     assert isinstance(config, FairConfig)
     return config
 
@@ -41,7 +41,7 @@ def fair(recipe: str, **values: Any) -> FairConfig:
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard attacks with two steps: their strength is not what is tested here."""
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (quick,))
+    monkeypatch.setattr(records.evaluate, "__defaults__", (quick,))
     monkeypatch.setattr(training, "watched", lambda: False)
 
 
@@ -49,7 +49,7 @@ def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 def start(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of pgd_at, one epoch, to start from."""
     place = tmp_path_factory.mktemp("start")
-    training.run(training.configure("pgd_at", "digits", 0, epochs=1, batch_size=64), tiny, place)
+    runs.run(recipes.configure("pgd_at", "digits", 0, epochs=1, batch_size=64), tiny, place)
     return place
 
 
@@ -103,15 +103,15 @@ class TestFairConfig:
         with pytest.raises(KitError, match="^method = 'frl' is unknown"):
             Config("frl")
         with pytest.raises(KitError, match="'alpha_nat' is no field of a run of trades"):
-            training.configure("trades,alpha_nat=1", "digits", 0)
+            recipes.configure("trades,alpha_nat=1", "digits", 0)
 
     def test_a_variation_sets_its_fields_and_no_others(self) -> None:
-        plain = training.configure("uniform", "digits", 0)
-        varied = training.configure("uniform,beta=6,steps=20,accumulate=False,target=robust", "digits", 0, epochs=3)
+        plain = recipes.configure("uniform", "digits", 0)
+        varied = recipes.configure("uniform,beta=6,steps=20,accumulate=False,target=robust", "digits", 0, epochs=3)
         assert varied == replace(plain, beta=6.0, steps=20, accumulate=False, target="robust", epochs=3)
         assert (type(varied.beta), type(varied.steps)) == (float, int)
-        assert training.configure("trades,lr=1e-2", "digits", 4) == Config("trades", "digits", seed=4, lr=0.01)
-        assert training.folder(Path("runs"), "uniform,beta=6", varied) == Path("runs/digits/uniform,beta=6/seed0")
+        assert recipes.configure("trades,lr=1e-2", "digits", 4) == Config("trades", "digits", seed=4, lr=0.01)
+        assert runs.folder(Path("runs"), "uniform,beta=6", varied) == Path("runs/digits/uniform,beta=6/seed0")
 
     @pytest.mark.parametrize(
         ("variation", "words"),
@@ -133,11 +133,11 @@ class TestFairConfig:
     )
     def test_an_unknown_or_mistyped_variation_is_refused(self, variation: str, words: str) -> None:
         with pytest.raises(KitError, match=words):
-            training.configure(f"uniform,{variation}", "digits", 0)
+            recipes.configure(f"uniform,{variation}", "digits", 0)
 
     def test_a_variation_of_an_unknown_recipe(self) -> None:
         with pytest.raises(KitError, match="^recipe = 'unifrom' is unknown: use one of natural, .*, uniform, "):
-            training.configure("unifrom,beta=6", "digits", 0)
+            recipes.configure("unifrom,beta=6", "digits", 0)
 
 
 CLASSES, SIZE = 4, 11
@@ -240,7 +240,7 @@ class TestFairLoss:
     def test_value_and_gradient_against_plain_loops(self, method: str, step: str) -> None:
         model, x, y = small()
         config = FairConfig(**METHODS[method], step=step, steps=3, eps_255=30.0, step_255=12.0)
-        found = training.loss(model, x, y, config, stream(7), BALANCE)
+        found = losses.loss(model, x, y, config, stream(7), BALANCE)
         expected = loss_by_loops(model, x, y, config, BALANCE, 7)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
         gradients = (torch.autograd.grad(value, [*model.parameters()]) for value in (found, expected))
@@ -252,14 +252,14 @@ class TestFairLoss:
         found = set()
         for fields in METHODS.values():
             config = FairConfig(**fields, steps=3, eps_255=30.0, step_255=12.0)
-            found.add(round(float(training.loss(model, x, y, config, stream(7), BALANCE).detach()), 9))
+            found.add(round(float(losses.loss(model, x, y, config, stream(7), BALANCE).detach()), 9))
         assert len(found) == len(METHODS)
 
     @pytest.mark.parametrize(("method", "plain"), [("frl", "trades"), ("pgd_at", "pgd_at")])
     def test_with_all_classes_alike_it_is_the_plain_loss(self, method: str, plain: str) -> None:
         model, x, y = small()
-        ours = training.loss(model, x, y, FairConfig(method, steps=3, beta=4.0), stream(2), EVEN)
-        theirs = training.loss(model, x, y, Config(plain, steps=3, beta=4.0), stream(2))
+        ours = losses.loss(model, x, y, FairConfig(method, steps=3, beta=4.0), stream(2), EVEN)
+        theirs = losses.loss(model, x, y, Config(plain, steps=3, beta=4.0), stream(2))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
     @pytest.mark.parametrize("method", METHODS)
@@ -272,7 +272,7 @@ class TestFairLoss:
         config = FairConfig(**METHODS[method], steps=2)
         with torch.no_grad():
             model[3].bias[3] = -100  # nor is it ever predicted
-        found = training.loss(model, x, y, config, stream(7), Setting(weights, weights, torch.ones(4).double()))
+        found = losses.loss(model, x, y, config, stream(7), Setting(weights, weights, torch.ones(4).double()))
         if config.method == "report_remargin":  # its second term has no weights
             assert math.isfinite(found.detach())
             return
@@ -284,7 +284,7 @@ class TestFairLoss:
         model, x, y = small()
         config = FairConfig("frl", steps=3, eps_255=30.0, step_255=12.0)
         changed = EVEN._replace(**{field: getattr(BALANCE, field)})
-        values = [float(training.loss(model, x, y, config, stream(7), each).detach()) for each in (EVEN, changed)]
+        values = [float(losses.loss(model, x, y, config, stream(7), each).detach()) for each in (EVEN, changed)]
         assert abs(values[0] - values[1]) > 1e-3
 
 
@@ -306,7 +306,7 @@ class TestRadii:
         monkeypatch.setattr(training, "pgd", spy)
         model, x, y = small()
         config = FairConfig(**METHODS[method], step=step, steps=9, eps_255=10.0, step_255=3.0)
-        training.loss(model, x, y, config, stream(0), BALANCE)
+        losses.loss(model, x, y, config, stream(0), BALANCE)
         ((images, labels, eps, size),) = calls
         count = math.ceil(SIZE / 2) if config.attacked == 0.5 else SIZE
         assert torch.equal(images, x[:count])
@@ -321,7 +321,7 @@ class TestRadii:
         monkeypatch.setattr(training, "pgd", lambda model, x, y, eps, step, *_, **__: sizes.append(step) or x)
         model, x, y = small()
         y = y.clamp(max=0)  # only class 0: factor 1, although class 1 has 2
-        training.loss(model, x, y, FairConfig("frl", step="largest", step_255=3.0), stream(0), BALANCE)
+        losses.loss(model, x, y, FairConfig("frl", step="largest", step_255=3.0), stream(0), BALANCE)
         assert sizes[0].tolist() == pytest.approx([3 / 255] * SIZE)
 
     def test_attacked_images_fill_their_own_ball(self) -> None:
@@ -331,7 +331,7 @@ class TestRadii:
         with pytest.MonkeyPatch.context() as patch:
             straight = training.pgd
             patch.setattr(training, "pgd", lambda *a, **n: seen.append(straight(*a, **n)) or seen[-1])
-            training.loss(model, x, y, FairConfig("frl", eps_255=8.0, step_255=2.0, steps=8), stream(0), BALANCE)
+            losses.loss(model, x, y, FairConfig("frl", eps_255=8.0, step_255=2.0, steps=8), stream(0), BALANCE)
         moved = (seen[0] - x).abs().flatten(1).amax(1)
         torch.testing.assert_close(moved, 8 / 255 * BALANCE.radius_factors[y])
 
@@ -352,7 +352,7 @@ class TestLabelsOfShuffledImages:
         x = (y.float() / 10).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
         config = FairConfig("report_remargin", attacked=0.5, unshuffled_labels=unshuffled)
         balance = Setting(torch.full((10,), 0.1), torch.full((10,), 0.1), torch.ones(10))
-        return float(training.loss(TellTale(), x, y, config, stream(3), balance))
+        return float(losses.loss(TellTale(), x, y, config, stream(3), balance))
 
     def test_they_travel_with_their_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.losses(monkeypatch, torch.arange(10).repeat(4), False) < 1e-6
@@ -452,7 +452,7 @@ class TestStart:
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         place = place_of(tmp_path, start, "algorithm1_both")
-        model = training.run(fair("algorithm1_both", epochs=2), tiny, place)
+        model = runs.run(fair("algorithm1_both", epochs=2), tiny, place)
         finished = checkpoint.read(start / "weights.pt")["model"]
         assert len(begun) == 2
         for name, value in finished.items():
@@ -463,8 +463,8 @@ class TestStart:
 
     def test_a_missing_start_is_trained_first(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
         config = fair("uniform", epochs=1)
-        place = training.folder(tmp_path, "uniform", config)
-        training.run(config, tiny, place)
+        place = runs.folder(tmp_path, "uniform", config)
+        runs.run(config, tiny, place)
         found, expected = (
             checkpoint.read(folder / "weights.pt") for folder in (tmp_path / "digits" / "pgd_at" / "seed0", start)
         )
@@ -472,8 +472,8 @@ class TestStart:
         assert checkpoint.digest(found["model"]) == checkpoint.digest(expected["model"])
 
     def test_seed_model_and_length_of_the_start(self, tiny: Dataset, tmp_path: Path) -> None:
-        config = training.configure("uniform,start=natural", "digits", 4, **{**QUICK, "epochs": 1, "start_epochs": 2})
-        training.run(config, tiny, training.folder(tmp_path, "mine", config))
+        config = recipes.configure("uniform,start=natural", "digits", 4, **{**QUICK, "epochs": 1, "start_epochs": 2})
+        runs.run(config, tiny, runs.folder(tmp_path, "mine", config))
         assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["mine", "natural"]
         assert [path.name for path in (tmp_path / "digits" / "natural").iterdir()] == ["seed4"]
         found = checkpoint.read(tmp_path / "digits" / "natural" / "seed4" / "weights.pt")["config"]
@@ -482,18 +482,18 @@ class TestStart:
     def test_a_start_of_another_length_is_refused(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
         place = place_of(tmp_path, start, "uniform")
         with pytest.raises(KitError, match="epochs is 1 there and 2 here"):
-            training.run(fair("uniform", start_epochs=2), tiny, place)
+            runs.run(fair("uniform", start_epochs=2), tiny, place)
         assert not place.exists()
 
     def test_a_stopped_start_is_finished_first(
         self, tiny: Dataset, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config = fair("uniform", epochs=1, start_epochs=2)
-        training.run(config, tiny, tmp_path / "straight" / "digits" / "uniform" / "seed0")
+        runs.run(config, tiny, tmp_path / "straight" / "digits" / "uniform" / "seed0")
         place = tmp_path / "stopped" / "digits" / "uniform" / "seed0"
         for allowed in (6, 3):  # in the start's second epoch; there again, after its checkpoint
             stop_after(monkeypatch, tiny, config, place, allowed, kind=Config)
-        training.run(config, tiny, place)
+        runs.run(config, tiny, place)
         assert_same_run(tmp_path / "straight" / "digits" / "uniform" / "seed0", place)
 
 
@@ -519,7 +519,7 @@ def stop_after(
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(training, "train_epoch", train_epoch)
         torch.manual_seed(1000 + allowed)  # whatever the global state is
-        training.run(config, data, place)
+        runs.run(config, data, place)
 
 
 @pytest.fixture
@@ -551,13 +551,13 @@ class TestResume:
         """Three epochs of four batches, stopped in the first, in the second, and at the beginning of the third."""
         config = fair(recipe)
         straight, stopped = (place_of(tmp_path / name, start, recipe) for name in ("straight", "stopped"))
-        model = training.run(config, tiny, straight)
+        model = runs.run(config, tiny, straight)
         for allowed, epochs in ((2, 0), (5, 1), (4, 2), (0, 2)):
             stop_after(monkeypatch, tiny, config, stopped, allowed)
             assert (stopped / "checkpoint.pt").exists() == (epochs > 0)
             if epochs:
                 assert checkpoint.read(stopped / "checkpoint.pt")["epoch"] == epochs
-        resumed = training.run(config, tiny, stopped)
+        resumed = runs.run(config, tiny, stopped)
         assert_same_run(straight, stopped)
         for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
@@ -571,12 +571,12 @@ class TestResume:
     ) -> None:
         config = fair("algorithm1_both")
         straight, stopped = (place_of(tmp_path / name, start, "algorithm1_both") for name in ("straight", "stopped"))
-        training.run(config, tiny, straight)
+        runs.run(config, tiny, straight)
         stop_after(monkeypatch, tiny, config, stopped, 9)
         newest = stopped / "checkpoint.pt"
         newest.write_bytes(newest.read_bytes()[:-1000])
         with pytest.warns(UserWarning, match="generation before it"):
-            training.run(config, tiny, stopped)
+            runs.run(config, tiny, stopped)
         assert_same_run(straight, stopped)
 
     @pytest.mark.parametrize(
@@ -591,13 +591,13 @@ class TestResume:
     ) -> None:
         config = fair(recipe, epochs=2)
         straight, changed = (place_of(tmp_path / name, start, recipe) for name in ("straight", "changed"))
-        training.run(config, tiny, straight)
+        runs.run(config, tiny, straight)
         stop_after(monkeypatch, tiny, config, changed, 4)
         state = checkpoint.read(changed / "checkpoint.pt")
         if part is not None:
             state["multipliers"][part][3] += 0.3
         checkpoint.save(changed / "checkpoint.pt", state)
-        training.run(config, tiny, changed)
+        runs.run(config, tiny, changed)
         weights = [checkpoint.read(place / "weights.pt")["model"]["fc2.bias"] for place in (straight, changed)]
         assert torch.equal(*weights) == (part is None)
 
@@ -627,7 +627,7 @@ class TestMeasuring:
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: None)
-        training.run(config, tiny, place)
+        runs.run(config, tiny, place)
         return measured, trained
 
     @pytest.mark.parametrize(
@@ -687,13 +687,13 @@ class TestMeasuring:
         monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
         data, place = replace(tiny, validation=held), place_of(tmp_path, start, "official_both")
         with pytest.raises(KitError, match=f"^update_images = 20 is not allowed here: .* class {missed}"):
-            training.run(fair("official_both", update_images=20), data, place)
+            runs.run(fair("official_both", update_images=20), data, place)
 
     @pytest.mark.parametrize("recipe", ["algorithm1_both", "algorithm1_remargin", "baseline_reweight", "shrunk_margin"])
     def test_the_history_replays(self, tiny: Dataset, start: Path, tmp_path: Path, recipe: str) -> None:
         """From the validation errors before each epoch to that epoch's weights and radii."""
         config, place = fair(recipe, tau_nat=0.0, tau_bdy=0.0), place_of(tmp_path, start, recipe)
-        training.run(config, tiny, place)
+        runs.run(config, tiny, place)
         history = history_of(place)
         state = fairness.initial(10)
         known = [history["start"]["validation"], *(entry["validation"] for entry in history["epochs"])]
@@ -715,7 +715,7 @@ class TestMeasuring:
         self, tiny: Dataset, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         used: list[Setting] = []
-        straight = training.loss
+        straight = losses.loss
 
         def loss(*arguments: Any) -> Tensor:
             used.append(arguments[-1])
@@ -723,7 +723,7 @@ class TestMeasuring:
 
         monkeypatch.setattr(training, "loss", loss)
         place = place_of(tmp_path, start, "official_both")
-        training.run(fair("official_both", updates=2), tiny, place)
+        runs.run(fair("official_both", updates=2), tiny, place)
         assert len(used) == 12
         for epoch, entry in enumerate(history_of(place)["epochs"]):
             for name in Setting._fields:  # those of the epoch's last part
@@ -735,7 +735,7 @@ class TestMeasuring:
 
     def test_what_the_history_holds(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
         config, place = fair("algorithm1_both", epochs=2), place_of(tmp_path, start, "algorithm1_both")
-        model = training.run(config, tiny, place)
+        model = runs.run(config, tiny, place)
         history = history_of(place)
         assert set(history) == {"config", "kernel", "threads", "versions", "start", "epochs"}
         assert FairConfig(**history["config"]) == config
@@ -750,7 +750,7 @@ class TestMeasuring:
         for found, trained in (
             (
                 history["start"],
-                training.load(start, training.configure("pgd_at", "digits", 0, epochs=1, batch_size=64)),
+                runs.load(start, recipes.configure("pgd_at", "digits", 0, epochs=1, batch_size=64)),
             ),
             (history["epochs"][-1], model),
         ):
@@ -760,7 +760,7 @@ class TestMeasuring:
 
     def test_one_class_alone_gets_the_larger_radius(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
         place = place_of(tmp_path, start, "one_class,chosen=6")
-        training.run(fair("one_class,chosen=6", epochs=1), tiny, place)
+        runs.run(fair("one_class,chosen=6", epochs=1), tiny, place)
         (entry,) = history_of(place)["epochs"]
         assert entry["radius_factors"] == pytest.approx([2.0 if name == 6 else 1.0 for name in range(10)])
         assert entry["weights_nat"] == entry["weights_bdy"] == pytest.approx([0.1] * 10)
@@ -787,7 +787,7 @@ def train_epoch(model, optimizer, split, config, epoch, part, balance):
             time.sleep(300)
 
 training.train_epoch = train_epoch
-training.run(training.FairConfig(**json.loads(sys.argv[2])), tiny, Path(sys.argv[3]))
+runs.run(recipes.FairConfig(**json.loads(sys.argv[2])), tiny, Path(sys.argv[3]))
 """
 
 
@@ -808,9 +808,9 @@ def test_killed_in_the_middle_of_an_epoch(
             process.kill()
         assert process.wait() == -signal.SIGKILL
     assert sorted(os.listdir(killed)) == ["checkpoint.pt", "run.lock"]  # a lock that nobody holds
-    training.run(config, tiny, killed)  # as a new process would
+    runs.run(config, tiny, killed)  # as a new process would
     said = capsys.readouterr().out
     assert "epoch 1/3" not in said  # it went on, it did not start again
     assert "epoch 2/3" in said
-    training.run(config, tiny, straight)
+    runs.run(config, tiny, straight)
     assert_same_run(straight, killed)

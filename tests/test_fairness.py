@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from frlkit import KitError, fairness, training
+from frlkit import KitError, fairness, recipes
 from frlkit.fairness import Rule, State
 
 FRACTIONS = st.floats(0, 1)
@@ -346,9 +346,9 @@ class TestDafa:
             fairness.dafa(torch.full((3, 3), math.nan), Rule())
 
 
-def recipe(name: str) -> training.FairConfig:
-    config = training.configure(name, "digits", 0)
-    assert isinstance(config, training.FairConfig)
+def recipe(name: str) -> recipes.FairConfig:
+    config = recipes.configure(name, "digits", 0)
+    assert isinstance(config, recipes.FairConfig)
     return config
 
 
@@ -367,11 +367,11 @@ def settings_after(name: str) -> list[fairness.Setting]:
 
 
 class TestRecipes:
-    @pytest.mark.parametrize("name", fairness.RECIPES)
+    @pytest.mark.parametrize("name", recipes.FAIR)
     def test_every_recipe_builds(self, name: str) -> None:
         config = recipe(name)
         assert config.epochs == 8
-        assert {key: getattr(config, key) for key in fairness.RECIPES[name]} == fairness.RECIPES[name]
+        assert {key: getattr(config, key) for key in recipes.FAIR[name]} == recipes.FAIR[name]
         for weights_nat, weights_bdy, factors in settings_after(name):
             assert float(weights_nat.sum()) == pytest.approx(1)
             assert float(weights_bdy.sum()) == pytest.approx(1)
@@ -410,7 +410,7 @@ class TestRecipes:
 
     def test_each_favours_the_hard_class(self) -> None:
         """Class 2 has the largest natural error, class 0 the largest boundary error."""
-        for name in fairness.RECIPES:
+        for name in recipes.FAIR:
             config, (weights_nat, weights_bdy, factors) = recipe(name), settings_after(name)[-1]
             if config.scheme != "multipliers":
                 continue
@@ -437,13 +437,13 @@ class TestRecipes:
 
     def test_differently_weighted_recipes_give_different_settings(self) -> None:
         """But for radius and attack alone: the controls and constant_margin weigh alike."""
-        weighted = [name for name in fairness.RECIPES if name.split("_")[-1] in ("reweight", "remargin", "both")]
+        weighted = [name for name in recipes.FAIR if name.split("_")[-1] in ("reweight", "remargin", "both")]
         weighted += ["shrunk_margin", "dafa", "one_class", "uniform"]
         found = {name: torch.cat(settings_after(name)[-1]) for name in weighted}
         for first, second in itertools.combinations(weighted, 2):
             assert not torch.allclose(found[first], found[second], atol=1e-6), (first, second)
 
-    @pytest.mark.parametrize("undo", fairness.REPORT_FAULTS.values())
+    @pytest.mark.parametrize("undo", recipes.REPORT_FAULTS.values())
     def test_every_fault_of_the_report_can_be_undone(self, undo: str) -> None:
         faulty, mended = recipe("report_remargin"), recipe(f"report_remargin,{undo}")
         assert faulty != mended
@@ -451,7 +451,7 @@ class TestRecipes:
         assert changed == {variation.partition("=")[0] for variation in undo.split(",")}
 
     def test_all_faults_undone_together(self) -> None:
-        mended = recipe(",".join(["report_remargin", *fairness.REPORT_FAULTS.values()]))
+        mended = recipe(",".join(["report_remargin", *recipes.REPORT_FAULTS.values()]))
         assert (mended.unshuffled_labels, mended.clamp_state, mended.accumulate, mended.subtract_average) == (
             *(False, True, True),
             True,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from frlkit import KitError, evaluation, ladder, models
+from frlkit import KitError, evaluation, models
+from frlkit.audit import ladder
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack
 

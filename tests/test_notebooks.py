@@ -67,7 +67,7 @@ class TestCommitted:
         for cell in cells(path):
             assert "papermill" not in cell.metadata
             assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs)
-        assert not re.search(r"[\"' ](/home|/root|/tmp|/work|/Users)/", path.read_text())
+        assert not re.search(r"[\"' ](/home|/root|/tmp|/work|/Users)/", path.read_text(encoding="utf-8"))
 
     def test_ends_with_a_claims_table(self, path: Path) -> None:
         (cell,) = cells(path, "claims")

@@ -20,10 +20,11 @@ import torch
 from click.testing import CliRunner, Result
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from frlkit import PROJECT, KitError, checkpoint, data, sweep, training
+from frlkit import PROJECT, KitError, checkpoint, data, recipes, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
-from frlkit.sweep import Run
+from frlkit.scale import clusters, sweeps
+from frlkit.scale.sweeps import Run
 
 #: Five short runs on the digits: three alone, one that another one starts from, and that one.
 SHORT = """
@@ -55,15 +56,15 @@ def names(planned: Sequence[Run]) -> list[str]:
 class TestPlan:
     def test_every_combination_under_the_notebooks_names(self, tmp_path: Path) -> None:
         text = "grid: [{recipe: report_reweight, alpha_nat: [1, 5.0], alpha_bdy: [0.5, 5], seed: [0, 2]}]"
-        planned = sweep.plan(written(tmp_path, text), tmp_path)
+        planned = sweeps.plan(written(tmp_path, text), tmp_path)
         pairs = [("1", "0.5"), ("1", "5"), ("5", "0.5"), ("5", "5")]
         recipes = [f"report_reweight,alpha_nat={a},alpha_bdy={b}" for a, b in pairs]
         expected = [f"fashion_mnist/{recipe}/seed{seed}" for seed in (0, 2) for recipe in recipes]
         starts = ["fashion_mnist/pgd_at/seed0", "fashion_mnist/pgd_at/seed2"]
         assert names(planned) == starts + expected
         run = planned[-1]
-        assert run.config == training.configure(run.recipe, "fashion_mnist", 2)
-        assert run.folder == training.folder(tmp_path, run.recipe, run.config)
+        assert run.config == recipes.configure(run.recipe, "fashion_mnist", 2)
+        assert run.folder == runs.folder(tmp_path, run.recipe, run.config)
 
     def test_defaults_and_what_an_entry_sets_itself(self, tmp_path: Path) -> None:
         text = """
@@ -74,23 +75,23 @@ class TestPlan:
           - {recipe: [natural, trades], values: {epochs: 9, lr: 0.01}}
           - {recipe: pgd_at, seed: 0, dataset: [digits, fashion_mnist]}
         """
-        planned = sweep.plan(written(tmp_path, text), tmp_path)
+        planned = sweeps.plan(written(tmp_path, text), tmp_path)
         found = {run.name: (run.config.epochs, run.config.lr) for run in planned}
         own = {f"digits/{recipe}/seed{seed}": (9, 0.01) for recipe in ("natural", "trades") for seed in (3, 4)}
         assert found == {**own, "digits/pgd_at/seed0": (2, 1e-3), "fashion_mnist/pgd_at/seed0": (2, 1e-3)}
 
     def test_the_papers_symbols(self, tmp_path: Path) -> None:
         text = "grid: [{recipe: algorithm1_both, alpha1: 1, alpha2: 2, tau: 0.1, eps: 4}]"
-        run = sweep.plan(written(tmp_path, text), tmp_path)[-1]
+        run = sweeps.plan(written(tmp_path, text), tmp_path)[-1]
         assert run.recipe == "algorithm1_both,alpha_nat=1,alpha_bdy=2,tau_nat=0.1,tau_bdy=0.1,eps_255=4"
 
     def test_numbers_keep_their_digits(self, tmp_path: Path) -> None:
-        run = sweep.plan(written(tmp_path, "grid: [{recipe: natural, lr: 0.00123456789}]"), tmp_path)[0]
+        run = sweeps.plan(written(tmp_path, "grid: [{recipe: natural, lr: 0.00123456789}]"), tmp_path)[0]
         assert run.config.lr == 0.00123456789
 
     def test_a_starting_run_comes_once_and_first(self, tmp_path: Path) -> None:
         text = "grid: [{recipe: [uniform, dafa], values: {start_epochs: 3}}, {recipe: pgd_at, values: {epochs: 3}}]"
-        planned = sweep.plan(written(tmp_path, text), tmp_path)
+        planned = sweeps.plan(written(tmp_path, text), tmp_path)
         assert [run.recipe for run in planned] == ["pgd_at", "uniform", "dafa"]
         assert planned[1].start == planned[0]
 
@@ -160,17 +161,17 @@ class TestPlan:
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(KitError, match=r"none\.yaml cannot be read"):
-            sweep.plan(tmp_path / "none.yaml", tmp_path)
+            sweeps.plan(tmp_path / "none.yaml", tmp_path)
 
     def test_a_folder_that_holds_another_run(self, tmp_path: Path) -> None:
         path = written(tmp_path, "grid: [{recipe: natural, dataset: digits}]")
-        (run,) = sweep.plan(path, tmp_path)
+        (run,) = sweeps.plan(path, tmp_path)
         finish(run, config={"epochs": 3})
         with pytest.raises(KitError, match="epochs is 3 there and 15 here"):
-            sweep.plan(path, tmp_path)
+            sweeps.plan(path, tmp_path)
 
     def test_a_record_with_one_attack_is_not_done(self, tmp_path: Path) -> None:
-        (run,) = sweep.plan(written(tmp_path, "grid: [{recipe: natural, dataset: digits}]"), tmp_path)
+        (run,) = sweeps.plan(written(tmp_path, "grid: [{recipe: natural, dataset: digits}]"), tmp_path)
         assert not run.done
         finish(run)
         assert run.done
@@ -182,16 +183,16 @@ class TestPlan:
 class TestShipped:
     @pytest.mark.parametrize("path", sorted((PROJECT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
     def test_fits_the_shipped_runs(self, path: Path) -> None:
-        assert sweep.plan(path, PROJECT / "checkpoints")  # refuses a configuration other than a shipped run's
+        assert sweeps.plan(path, PROJECT / "checkpoints")  # refuses a configuration other than a shipped run's
 
     def test_five_seeds_of_everything_that_the_notebooks_read(self) -> None:
-        planned = sweep.plan(PROJECT / "sweeps" / "five_seeds.yaml", PROJECT / "checkpoints")
+        planned = sweeps.plan(PROJECT / "sweeps" / "five_seeds.yaml", PROJECT / "checkpoints")
         shipped = {path.name for path in (PROJECT / "checkpoints" / "fashion_mnist").iterdir()}
         assert {run.recipe for run in planned} == shipped
         assert len(planned) == 5 * len(shipped)
 
     def test_the_digits_sweep_has_forty_runs(self) -> None:
-        assert len(sweep.plan(PROJECT / "sweeps" / "digits.yaml", PROJECT / "checkpoints")) >= 40
+        assert len(sweeps.plan(PROJECT / "sweeps" / "digits.yaml", PROJECT / "checkpoints")) >= 40
 
 
 def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str, Any] | None = None) -> None:
@@ -200,7 +201,7 @@ def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str
 
     from frlkit.evaluation import STANDARD
 
-    made = {**training.described(run.config), **(config or {})}
+    made = {**recipes.described(run.config), **(config or {})}
     run.folder.mkdir(parents=True)
     (run.folder / "weights.pt").touch()
     attacks = [{"attack": asdict(attack)} for attack in STANDARD]
@@ -214,7 +215,7 @@ class TestDryRun:
 
     def test_lists_and_estimates_and_starts_nothing(self, tmp_path: Path) -> None:
         path, runs = written(tmp_path, self.TEXT), tmp_path / "runs"
-        for run in sweep.plan(path, runs)[:2]:
+        for run in sweeps.plan(path, runs)[:2]:
             finish(run, seconds=60)
         before = sorted(runs.rglob("*"))
         result = call("sweep", path, "--runs", runs, "--dry-run", "--jobs", 2)
@@ -234,10 +235,10 @@ class TestDryRun:
         assert not (tmp_path / "runs").exists()
 
     def test_an_estimate_by_hand(self, tmp_path: Path) -> None:
-        planned = sweep.plan(written(tmp_path, self.TEXT), tmp_path)
+        planned = sweeps.plan(written(tmp_path, self.TEXT), tmp_path)
         finish(planned[0], seconds=3, threads=2)
         finish(planned[-1], seconds=100)
-        assert sweep.estimate(planned, tmp_path, 4) == 3 * 10 * 3 * 2 / 4  # natural's own, as one thread takes it
+        assert sweeps.estimate(planned, tmp_path, 4) == 3 * 10 * 3 * 2 / 4  # natural's own, as one thread takes it
 
 
 class TestLoop:
@@ -246,7 +247,7 @@ class TestLoop:
     @pytest.fixture
     def planned(self, tmp_path: Path) -> list[Run]:
         text = "{dataset: digits, grid: [{recipe: natural, seed: [0, 1, 2]}, {recipe: uniform, seed: [0, 1]}]}"
-        return sweep.plan(written(tmp_path, text), tmp_path / "runs")
+        return sweeps.plan(written(tmp_path, text), tmp_path / "runs")
 
     def test_a_failed_run_stops_only_what_starts_from_it(self, planned: list[Run]) -> None:
         asked = []
@@ -260,14 +261,14 @@ class TestLoop:
                     finish(run)
                     yield run.folder, "", ""
 
-        failed = sweep.sweep(planned, engine)
+        failed = sweeps.sweep(planned, engine)
         assert failed == {
             "digits/pgd_at/seed1": "the disk is full",
             "digits/uniform/seed1": "digits/pgd_at/seed1, which it starts from, failed",
         }
         assert asked == [run.name for run in planned if run.name != "digits/uniform/seed1"]
         asked.clear()
-        assert sweep.sweep(planned, engine) == failed
+        assert sweeps.sweep(planned, engine) == failed
         assert asked == ["digits/pgd_at/seed1"]  # only what is missing
 
     def test_a_run_that_kills_its_process_does_not_stop_the_others(self, planned: list[Run]) -> None:
@@ -283,7 +284,7 @@ class TestLoop:
                 finish(run)
                 yield run.folder, "", ""
 
-        assert list(sweep.sweep(planned, engine)) == [deadly.name]
+        assert list(sweeps.sweep(planned, engine)) == [deadly.name]
         assert all(run.done for run in planned if run is not deadly)
         assert len(groups) < 10
 
@@ -293,7 +294,7 @@ class TestLoop:
                 finish(run)
                 yield run.folder, "", f"a warning of {run.recipe}\n" if run.start else ""
 
-        assert sweep.sweep(planned, engine) == {}
+        assert sweeps.sweep(planned, engine) == {}
         out = capsys.readouterr().out.splitlines()
         assert "digits/uniform/seed0: a warning of uniform" in out
         assert out[0] == "1/7 digits/natural/seed0 finished"
@@ -340,20 +341,20 @@ class TestHere:
 
 def test_processes_take_different_shares_of_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    taken = [sweep._gpu.__wrapped__(4, str(tmp_path)) for _ in range(3)]
+    taken = [clusters._gpu.__wrapped__(4, str(tmp_path)) for _ in range(3)]
     assert taken == ["cuda:0", "cuda:1", "cuda:0"]
-    sweep._held.pop(1).release()  # as when its process ends
-    assert sweep._gpu.__wrapped__(4, str(tmp_path)) == "cuda:1"
-    sweep._held.clear()
+    clusters._held.pop(1).release()  # as when its process ends
+    assert clusters._gpu.__wrapped__(4, str(tmp_path)) == "cuda:1"
+    clusters._held.clear()
 
 
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The short sweep's runs, one after the other, in this process."""
     folder = tmp_path_factory.mktemp("serial")
-    planned = sweep.plan(written(folder, SHORT), folder / "runs")
-    with sweep.local("cpu", jobs=1) as (engine, _):
-        assert sweep.sweep(planned, engine) == {}
+    planned = sweeps.plan(written(folder, SHORT), folder / "runs")
+    with clusters.local("cpu", jobs=1) as (engine, _):
+        assert sweeps.sweep(planned, engine) == {}
     return folder / "runs"
 
 
@@ -399,7 +400,7 @@ def test_a_notebook_reads_what_a_sweep_made(serial: Path, digits: Dataset, monke
 
     monkeypatch.setattr(training, "train_epoch", train_epoch)
     values = {"epochs": 8, "batch_size": 100}
-    records, _ = training.study(["natural"], [0, 1, 2], "digits", serial, digits, **values)
+    records, _ = runs.study(["natural"], [0, 1, 2], "digits", serial, digits, **values)
     assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]
 
 
@@ -421,10 +422,10 @@ def test_a_killed_sweep_goes_on_and_ends_as_the_serial_one(serial: Path, tmp_pat
     process.communicate()
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
-    planned = sweep.plan(written(tmp_path, SHORT), runs)
+    planned = sweeps.plan(written(tmp_path, SHORT), runs)
     assert sum(run.done for run in planned) < 5
-    with sweep.local("cpu", jobs=1) as (engine, _):
-        assert sweep.sweep(planned, engine) == {}
+    with clusters.local("cpu", jobs=1) as (engine, _):
+        assert sweeps.sweep(planned, engine) == {}
     assert content(runs) == content(serial)
 
 
@@ -509,13 +510,13 @@ def test_ray_with_a_worker_killed(serial: Path, tmp_path: Path, serve: Callable[
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     pytest.importorskip("distributed", reason="needs Dask: pip install distributed")
     address = f"tcp://127.0.0.1:{free_port()}"
-    with pytest.raises(KitError, match=f"there is no dask cluster at {address}"), sweep.cluster("dask", address):
+    with pytest.raises(KitError, match=f"there is no dask cluster at {address}"), clusters.cluster("dask", address):
         raise AssertionError("entered")
 
 
 def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(KitError, match=r"pip install ray"), sweep.cluster("ray", "127.0.0.1:1"):
+    with pytest.raises(KitError, match=r"pip install ray"), clusters.cluster("ray", "127.0.0.1:1"):
         raise AssertionError("entered")
 
 
@@ -529,9 +530,9 @@ class TestAway:
         return tmp_path / "cache" / "frlkit"
 
     def test_a_retraining_run_from_what_was_sent(self, serial: Path, cache: Path, tmp_path: Path) -> None:
-        run = sweep.plan(written(tmp_path, SHORT), serial)[-1]
-        sent = {name: (run.start.folder / name).read_bytes() for name in sweep.FILES}
-        files, error = sweep.away(run.recipe, run.config, sent, "cpu")
+        run = sweeps.plan(written(tmp_path, SHORT), serial)[-1]
+        sent = {name: (run.start.folder / name).read_bytes() for name in runs.FILES}
+        files, error = clusters.away(run.recipe, run.config, sent, "cpu")
         assert error == ""
         assert files["record.json"] == (run.folder / "record.json").read_bytes()
         assert files["weights.pt"] == (run.folder / "weights.pt").read_bytes()
@@ -540,7 +541,7 @@ class TestAway:
     def test_goes_on_from_its_last_epoch(
         self, serial: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run, trained = sweep.plan(written(tmp_path, SHORT), serial)[0], []
+        run, trained = sweeps.plan(written(tmp_path, SHORT), serial)[0], []
         original = training.train_epoch
 
         def train_epoch(*words: Any) -> Any:
@@ -550,8 +551,8 @@ class TestAway:
             return original(*words)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
-        assert sweep.away(run.recipe, run.config, {}, "cpu") == ({}, "MemoryError: no memory left")
-        files, error = sweep.away(run.recipe, run.config, {}, "cpu")
+        assert clusters.away(run.recipe, run.config, {}, "cpu") == ({}, "MemoryError: no memory left")
+        files, error = clusters.away(run.recipe, run.config, {}, "cpu")
         assert (error, trained) == ("", [0, 1, 2, 3, 3, 4, 5, 6, 7])
         assert files["weights.pt"] == (run.folder / "weights.pt").read_bytes()
 
@@ -559,8 +560,8 @@ class TestAway:
         def load(name: str, **_: Any) -> Dataset:
             raise data.DataUnavailableError("set FRLKIT_DATA")
 
-        monkeypatch.setattr(sweep, "_data", load)
+        monkeypatch.setattr(clusters, "_data", load)
         monkeypatch.setattr(data, "load", load)
-        config = training.configure("natural", "digits", 0)
-        monkeypatch.setattr(sweep, "_data", lambda *words: load(words[0]))
-        assert sweep.away("natural", config, {}, "cpu") == ({}, "set FRLKIT_DATA")
+        config = recipes.configure("natural", "digits", 0)
+        monkeypatch.setattr(clusters, "_data", lambda *words: load(words[0]))
+        assert clusters.away("natural", config, {}, "cpu") == ({}, "set FRLKIT_DATA")

@@ -18,10 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import PROJECT, KitError, attacks, checkpoint, evaluation, models, training
+from frlkit import (
+    PROJECT,
+    KitError,
+    attacks,
+    checkpoint,
+    evaluation,
+    losses,
+    models,
+    recipes,
+    records,
+    runs,
+    training,
+    watched,
+)
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack, stream
-from frlkit.training import Config
+from frlkit.recipes import Config
 
 SMALL = {"dataset": "digits", "epochs": 3, "batch_size": 64, "steps": 2}
 RUNS = {
@@ -39,7 +52,7 @@ RUNS = {
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard attacks with two steps: their strength is not what is tested here."""
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (quick,))
+    monkeypatch.setattr(records.evaluate, "__defaults__", (quick,))
 
 
 @pytest.fixture
@@ -114,23 +127,23 @@ class TestConfig:
             Config("natural", lr=10**400)
 
     def test_every_field_has_a_range(self) -> None:
-        assert {"method", "dataset", *training.RANGES} == set(training.FairConfig.__dataclass_fields__) - {"METHODS"}
+        assert {"method", "dataset", *training.RANGES} == set(recipes.FairConfig.__dataclass_fields__) - {"METHODS"}
 
     def test_unknown_field_of_a_recipe(self) -> None:
         with pytest.raises((KitError, TypeError), match="'epoch'"):
-            training.configure("natural", "digits", 0, epoch=3)
+            recipes.configure("natural", "digits", 0, epoch=3)
 
     def test_unknown_recipe(self) -> None:
         with pytest.raises(KitError, match=r"'fgsm' is unknown: use one of natural, pgd_at_half, pgd_at, trades"):
-            training.configure("fgsm", "digits", 0)
+            recipes.configure("fgsm", "digits", 0)
 
     def test_recipes(self) -> None:
-        half = training.configure("pgd_at_half", "digits", 3)
+        half = recipes.configure("pgd_at_half", "digits", 3)
         assert (half.method, half.attacked, half.steps, half.eps_255, half.step_255) == ("pgd_at", 0.5, 20, 8, 2)
-        full = training.configure("pgd_at", "digits", 3, steps=7)
+        full = recipes.configure("pgd_at", "digits", 3, steps=7)
         assert (full.method, full.attacked, full.steps, full.seed) == ("pgd_at", 1, 7, 3)
-        assert training.configure("trades", "digits", 0).beta == 6
-        assert training.folder(Path("runs"), "pgd_at", full) == Path("runs/digits/pgd_at/seed3")
+        assert recipes.configure("trades", "digits", 0).beta == 6
+        assert runs.folder(Path("runs"), "pgd_at", full) == Path("runs/digits/pgd_at/seed3")
 
 
 class TestLearningRate:
@@ -152,7 +165,7 @@ class TestLearningRate:
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         config = replace(RUNS["natural"], lr=0.01, lr_divide=10.0, lr_every=2)
-        training.run(config, tiny, tmp_path)
+        runs.run(config, tiny, tmp_path)
         assert list(dict.fromkeys(rates)) == pytest.approx([0.01, 0.001])
 
     def test_cyclic_by_hand(self) -> None:
@@ -178,7 +191,7 @@ class TestLoss:
 
     def test_natural_is_the_cross_entropy(self, model: nn.Module, tiny: Dataset) -> None:
         x, y = tiny.train.batch(slice(0, 20))
-        found = training.loss(model, x, y, RUNS["natural"], stream(0))
+        found = losses.loss(model, x, y, RUNS["natural"], stream(0))
         probabilities = model(x).softmax(1)[torch.arange(20), y]
         torch.testing.assert_close(found, -probabilities.log().mean())
 
@@ -195,7 +208,7 @@ class TestLoss:
         monkeypatch.setattr(training, "pgd", spy)
         x, y = tiny.train.batch(slice(0, size))
         config = Config("pgd_at", attacked=share, eps_255=4, step_255=1.5, steps=3)
-        found = training.loss(model, x, y, config, stream(0))
+        found = losses.loss(model, x, y, config, stream(0))
         assert [len(attacked) for attacked, _ in calls] == [count]
         assert calls[0][1] == (4 / 255, 1.5 / 255, 3)
         attacked = torch.stack([1 - image if number < count else image for number, image in enumerate(x)])
@@ -204,7 +217,7 @@ class TestLoss:
     def test_trades_is_as_its_paper_writes_it(self, model: nn.Module, tiny: Dataset) -> None:
         x, y = tiny.train.batch(slice(0, 30))
         config = Config("trades", beta=4.0, eps_255=16, step_255=4, steps=3)
-        found = training.loss(model, x, y, config, stream(5))
+        found = losses.loss(model, x, y, config, stream(5))
         adversarial = attacks.pgd(
             model, x, y, 16 / 255, 4 / 255, 3, random_start="gaussian", loss="kl", generator=stream(5)
         )
@@ -220,7 +233,7 @@ class TestLoss:
         x, y = tiny.train.batch(slice(0, 30))
         x, model = x.double(), model.double()
         config = Config("trades", beta=50.0, eps_255=16, step_255=4, steps=3)
-        found = torch.autograd.grad(training.loss(model, x, y, config, stream(5)), [*model.parameters()])
+        found = torch.autograd.grad(losses.loss(model, x, y, config, stream(5)), [*model.parameters()])
         adversarial = attacks.pgd(
             model, x, y, 16 / 255, 4 / 255, 3, random_start="gaussian", loss="kl", generator=stream(5)
         )
@@ -321,15 +334,15 @@ class TestRun:
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         torch.manual_seed(1)
-        straight = training.run(RUNS[name], tiny, tmp_path / "straight")
+        straight = runs.run(RUNS[name], tiny, tmp_path / "straight")
         for epoch, batch in ((0, 2), (1, 1), (2, 3)):  # before any checkpoint, in the middle, at the last batch
             with monkeypatch.context() as patch, pytest.raises(StoppedError):
                 stop_at(patch, epoch, batch)
                 torch.manual_seed(100 * epoch)  # whatever the global state is
-                training.run(RUNS[name], tiny, tmp_path / "stopped")
+                runs.run(RUNS[name], tiny, tmp_path / "stopped")
             assert (tmp_path / "stopped" / "checkpoint.pt").exists() == (epoch > 0)
             assert not (tmp_path / "stopped" / "weights.pt").exists()
-        resumed = training.run(RUNS[name], tiny, tmp_path / "stopped")
+        resumed = runs.run(RUNS[name], tiny, tmp_path / "stopped")
         assert_same_run(tmp_path / "straight", tmp_path / "stopped")
         for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
             assert torch.equal(ours, theirs)
@@ -337,14 +350,14 @@ class TestRun:
     def test_resumes_from_the_generation_before_a_damaged_one(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        training.run(RUNS["pgd_at"], tiny, tmp_path / "straight")
+        runs.run(RUNS["pgd_at"], tiny, tmp_path / "straight")
         with monkeypatch.context() as patch, pytest.raises(StoppedError):
             stop_at(patch, 2, 0)
-            training.run(RUNS["pgd_at"], tiny, tmp_path / "stopped")
+            runs.run(RUNS["pgd_at"], tiny, tmp_path / "stopped")
         newest = tmp_path / "stopped" / "checkpoint.pt"
         newest.write_bytes(newest.read_bytes()[:-1000])
         with pytest.warns(UserWarning, match="generation before it"):
-            training.run(RUNS["pgd_at"], tiny, tmp_path / "stopped")
+            runs.run(RUNS["pgd_at"], tiny, tmp_path / "stopped")
         assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
     @pytest.mark.parametrize("function", ["write_json", "save", "evaluate"])
@@ -352,7 +365,7 @@ class TestRun:
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
     ) -> None:
         """Between the last checkpoint and the finished files: nothing is trained twice, nothing is lost."""
-        training.run(RUNS["natural"], tiny, tmp_path / "straight")
+        runs.run(RUNS["natural"], tiny, tmp_path / "straight")
         module = evaluation if function == "evaluate" else checkpoint
         function_itself = getattr(module, function)
 
@@ -363,19 +376,19 @@ class TestRun:
 
         with monkeypatch.context() as patch, pytest.raises(StoppedError):
             patch.setattr(module, function, fail)
-            training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+            runs.run(RUNS["natural"], tiny, tmp_path / "stopped")
 
         def train_epoch(*_: Any) -> Iterator[tuple[int, float]]:
             raise AssertionError("trained again")
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
-        training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+        runs.run(RUNS["natural"], tiny, tmp_path / "stopped")
         assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
     def test_a_finished_run_reloads_without_training(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first = training.run(RUNS["natural"], tiny, tmp_path)
+        first = runs.run(RUNS["natural"], tiny, tmp_path)
         files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert sorted(files) == ["history.json", "record.json", "weights.pt"]
 
@@ -384,27 +397,27 @@ class TestRun:
 
         monkeypatch.setattr(training, "train_epoch", never)
         monkeypatch.setattr(evaluation, "class_errors", never)
-        again = training.run(RUNS["natural"], tiny, tmp_path)
+        again = runs.run(RUNS["natural"], tiny, tmp_path)
         for ours, theirs in zip(again.parameters(), first.parameters(), strict=True):
             assert torch.equal(ours, theirs)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
     @pytest.mark.parametrize("name", ["run.lock", "record.jsonabc.tmp"])
     def test_what_a_kill_after_the_end_leaves_is_swept_up(self, tiny: Dataset, tmp_path: Path, name: str) -> None:
-        training.run(RUNS["natural"], tiny, tmp_path)
+        runs.run(RUNS["natural"], tiny, tmp_path)
         files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         (tmp_path / name).touch()
-        training.run(RUNS["natural"], tiny, tmp_path)
+        runs.run(RUNS["natural"], tiny, tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
     def test_a_lost_record_is_made_again_from_the_weights(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        training.run(RUNS["natural"], tiny, tmp_path)
+        runs.run(RUNS["natural"], tiny, tmp_path)
         record = (tmp_path / "record.json").read_bytes()
         (tmp_path / "record.json").unlink()
         stop_at(monkeypatch, 0, 0)
-        training.run(RUNS["natural"], tiny, tmp_path)
+        runs.run(RUNS["natural"], tiny, tmp_path)
         assert (tmp_path / "record.json").read_bytes() == record
 
     @pytest.mark.parametrize("finished", [True, False])
@@ -412,39 +425,39 @@ class TestRun:
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
     ) -> None:
         if finished:
-            training.run(RUNS["natural"], tiny, tmp_path)
+            runs.run(RUNS["natural"], tiny, tmp_path)
         else:
             with monkeypatch.context() as patch, pytest.raises(StoppedError):
                 stop_at(patch, 2, 0)
-                training.run(RUNS["natural"], tiny, tmp_path)
+                runs.run(RUNS["natural"], tiny, tmp_path)
         files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(KitError, match=r"lr is 0\.001 there and 0\.002 here"):
-            training.run(replace(RUNS["natural"], lr=0.002), tiny, tmp_path)
+            runs.run(replace(RUNS["natural"], lr=0.002), tiny, tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
     def test_damaged_weights_are_refused(self, tiny: Dataset, tmp_path: Path) -> None:
-        training.run(RUNS["natural"], tiny, tmp_path)
+        runs.run(RUNS["natural"], tiny, tmp_path)
         (tmp_path / "weights.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:-500])
         with pytest.raises(KitError, match=r"weights\.pt is no whole file"):
-            training.run(RUNS["natural"], tiny, tmp_path)
+            runs.run(RUNS["natural"], tiny, tmp_path)
 
     def test_another_kind_of_file_in_the_weights_place_is_refused(self, tiny: Dataset, tmp_path: Path) -> None:
         folder = tmp_path / "digits" / "natural" / "seed0"
-        training.run(RUNS["natural"], tiny, folder)
+        runs.run(RUNS["natural"], tiny, folder)
         state = checkpoint.read(folder / "weights.pt")
         del state["num_classes"]
         checkpoint.save(folder / "weights.pt", state)
         with pytest.raises(KitError, match=r"weights\.pt is no weights file of a finished run: it has no num_classes"):
-            training.run(RUNS["natural"], tiny, folder)
+            runs.run(RUNS["natural"], tiny, folder)
         with pytest.raises(KitError, match=r"weights\.pt is no weights file of a finished run: it has no num_classes"):
-            list(training.verify(tmp_path, tiny))
+            list(runs.verify(tmp_path, tiny))
 
     def test_divergence_names_the_place_and_keeps_the_checkpoint(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        training.run(RUNS["natural"], tiny, tmp_path / "straight")
+        runs.run(RUNS["natural"], tiny, tmp_path / "straight")
         calls = []
-        loss = training.loss
+        loss = losses.loss
 
         def nan_at_the_seventh(*arguments: Any) -> Tensor:
             calls.append(None)
@@ -453,15 +466,15 @@ class TestRun:
         with monkeypatch.context() as patch:
             patch.setattr(training, "loss", nan_at_the_seventh)
             with pytest.raises(training.TrainingDivergedError, match="epoch 2, batch 3: the loss is nan") as caught:
-                training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+                runs.run(RUNS["natural"], tiny, tmp_path / "stopped")
         assert "lr = 0.001" in str(caught.value)
         assert checkpoint.read(tmp_path / "stopped" / "checkpoint.pt")["epoch"] == 1
-        training.run(RUNS["natural"], tiny, tmp_path / "stopped")
+        runs.run(RUNS["natural"], tiny, tmp_path / "stopped")
         assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
     def test_what_history_and_record_hold(self, tiny: Dataset, tmp_path: Path) -> None:
         config = RUNS["pgd_at"]
-        model = training.run(config, tiny, tmp_path)
+        model = runs.run(config, tiny, tmp_path)
         history = json.loads((tmp_path / "history.json").read_text())
         assert set(history) == {"config", "kernel", "threads", "versions", "epochs"}
         assert Config(**history["config"]) == config
@@ -487,7 +500,7 @@ class TestRun:
         assert record["weights_sha256"] == checkpoint.digest(weights["model"])
 
     def test_training_learns(self, tiny: Dataset, tmp_path: Path) -> None:
-        training.run(replace(RUNS["natural"], epochs=12, lr=0.005), tiny, tmp_path)
+        runs.run(replace(RUNS["natural"], epochs=12, lr=0.005), tiny, tmp_path)
         history = json.loads((tmp_path / "history.json").read_text())["epochs"]
         record = json.loads((tmp_path / "record.json").read_text())
         assert history[-1]["loss"] < 0.5 * history[0]["loss"]
@@ -498,7 +511,7 @@ class TestRun:
     ) -> None:
         values = iter([1.0, 2.0, 3.0, 40.0])
         monkeypatch.setattr(training, "loss", lambda model, x, *_: model(x).sum() * 0 + next(values))
-        training.run(replace(RUNS["natural"], epochs=1), tiny, tmp_path)
+        runs.run(replace(RUNS["natural"], epochs=1), tiny, tmp_path)
         (epoch,) = json.loads((tmp_path / "history.json").read_text())["epochs"]
         assert epoch["loss"] == pytest.approx((64 * (1 + 2 + 3) + 8 * 40) / 200)
 
@@ -506,7 +519,7 @@ class TestRun:
         torch.manual_seed(3)
         expected = torch.rand(2)
         torch.manual_seed(3)
-        training.run(RUNS["trades"], tiny, tmp_path)
+        runs.run(RUNS["trades"], tiny, tmp_path)
         assert torch.equal(torch.rand(2), expected)
 
 
@@ -514,7 +527,7 @@ class TestProgress:
     def test_one_line_per_epoch_where_nobody_watches(
         self, tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str], unwatched: None
     ) -> None:
-        training.run(RUNS["natural"], tiny, tmp_path / "digits" / "natural" / "seed0")
+        runs.run(RUNS["natural"], tiny, tmp_path / "digits" / "natural" / "seed0")
         out, err = capfd.readouterr()
         assert err == ""
         lines = out.splitlines()
@@ -527,7 +540,7 @@ class TestProgress:
         self, tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(training, "watched", lambda: True)
-        training.run(RUNS["natural"], tiny, tmp_path)
+        runs.run(RUNS["natural"], tiny, tmp_path)
         out, err = capfd.readouterr()
         assert out == ""
         assert "epoch 1/3" in err
@@ -540,7 +553,7 @@ class TestProgress:
         monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
         if variable:
             monkeypatch.setenv("JPY_SESSION_NAME", variable)
-        assert training.watched() is expected
+        assert watched() is expected
 
 
 SCRIPT = """
@@ -564,7 +577,7 @@ def train_epoch(model, optimizer, split, config, epoch):
             time.sleep(300)
 
 training.train_epoch = train_epoch
-training.run(training.Config(**json.loads(sys.argv[2])), tiny, folder / "killed")
+runs.run(recipes.Config(**json.loads(sys.argv[2])), tiny, folder / "killed")
 """
 
 
@@ -587,11 +600,11 @@ def test_killed_in_the_middle_of_an_epoch(
             process.kill()
         assert process.wait() == -signal.SIGKILL
     assert sorted(os.listdir(tmp_path / "killed")) == ["checkpoint.pt", "run.lock"]  # a lock that nobody holds
-    training.run(config, tiny, tmp_path / "killed")  # as a new process would
+    runs.run(config, tiny, tmp_path / "killed")  # as a new process would
     said = capsys.readouterr().out
     assert "epoch 1/3" not in said  # it went on, it did not start again
     assert "epoch 2/3" in said
-    training.run(config, tiny, tmp_path / "straight")
+    runs.run(config, tiny, tmp_path / "straight")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
@@ -601,13 +614,13 @@ class TestStudy:
 
     @pytest.fixture
     def finished(self, tiny: Dataset, tmp_path: Path) -> Path:
-        training.study(["natural"], [0, 1], "digits", tmp_path, tiny, **self.VALUES)
+        runs.study(["natural"], [0, 1], "digits", tmp_path, tiny, **self.VALUES)
         return tmp_path
 
     def read(self, runs: Path, **change: Any) -> Any:
         arguments: dict[str, Any] = {"recipes": ["natural"], "seeds": [0, 1], "dataset": "digits"}
         arguments.update({**self.VALUES, **change})
-        return training.study(runs=runs, tensors=None, **arguments)
+        return runs.study(runs=runs, tensors=None, **arguments)
 
     def test_without_data_the_records_are_read(self, finished: Path) -> None:
         records, histories = self.read(finished)
@@ -658,6 +671,6 @@ class TestStudy:
             yield from straight(*arguments)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
-        records, _ = training.study(["natural"], [0, 1, 2], "digits", finished, tiny, **self.VALUES)
+        records, _ = runs.study(["natural"], [0, 1, 2], "digits", finished, tiny, **self.VALUES)
         assert trained == [2]
         assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from frlkit import PROJECT, KitError, checkpoint, evaluation, models, training
+from frlkit import PROJECT, KitError, checkpoint, models, recipes, records
 from frlkit.report import claims, published, tables
 
 DOCUMENTS = ("README.md", "REPORT.md")
@@ -50,17 +50,16 @@ def shipped(recipes: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict
     """Test records of shipped runs on Fashion-MNIST, recipe -> one per seed."""
     place = PROJECT / "checkpoints" / "fashion_mnist"
     return {
-        recipe: [evaluation.read_record(place / recipe / f"seed{seed}" / "record.json") for seed in seeds]
-        for recipe in recipes
+        recipe: [records.read(place / recipe / f"seed{seed}" / "record.json") for seed in seeds] for recipe in recipes
     }
 
 
 def disparity() -> str:
-    summary = tables.summary(tables.tidy(shipped(list(training.RECIPES), range(5))))
+    summary = tables.summary(tables.tidy(shipped(list(recipes.BASE), range(5))))
     names = ("natural", "8/255", "16/255")
     head = ["", *(f"{name}, {part}" for name in names for part in ("average", "worst"))]
     cells = [(measure, part) for measure in tables.MEASURES for part in ("average", "worst")]
-    rows = [[recipe, *(summary.loc[(recipe, measure), part] for measure, part in cells)] for recipe in training.RECIPES]
+    rows = [[recipe, *(summary.loc[(recipe, measure), part] for measure, part in cells)] for recipe in recipes.BASE]
     return markdown(head, rows)
 
 
@@ -101,7 +100,7 @@ def paper_scale() -> str:
 
     def ours(recipe: str) -> dict[str, Any]:
         path = PROJECT / "checkpoints" / "cifar10" / recipe / "seed0" / "record.json"
-        return evaluation.read_record(path) if path.exists() else {}
+        return records.read(path) if path.exists() else {}
 
     rows = []
     found = ours("pgd_at")
@@ -109,7 +108,7 @@ def paper_scale() -> str:
         for kind, value in errors.items():
             mine = UNMEASURED
             if found:
-                measured = found["natural"] if kind == "natural" else evaluation.robust_errors(found, 8)
+                measured = found["natural"] if kind == "natural" else records.robust_errors(found, 8)
                 mine = f"{100 * measured[found['class_names'].index(name)]:.1f}"
             rows.append([f"PGD-AT, {name}, {kind} error", f"{value:.1f}", "", mine])
     for recipe, columns in published.RERUNS.items():
@@ -142,8 +141,8 @@ def slice_() -> str:
     place = PROJECT / "checkpoints" / "folder-cifar10-jpeg-slice"
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(place.glob("*/seed*/record.json")):
-        found.setdefault(path.parents[1].name, []).append(evaluation.read_record(path))
-    means = tables.means(tables.scores({recipe: found[recipe] for recipe in training.RECIPES if recipe in found}))
+        found.setdefault(path.parents[1].name, []).append(records.read(path))
+    means = tables.means(tables.scores({recipe: found[recipe] for recipe in recipes.BASE if recipe in found}))
     return markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
 
 

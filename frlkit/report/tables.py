@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from frlkit import KitError, checkpoint, evaluation
+from frlkit import KitError, checkpoint, records
 
 RADII = (8, 16)  # of the standard attacks, in 1/255
 MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
@@ -40,7 +40,7 @@ def tidy(records: Records) -> pd.DataFrame:
     rows = []
     for recipe, seeds in records.items():
         for record in seeds:
-            by_measure = [record["natural"], *(evaluation.robust_errors(record, eps) for eps in RADII)]
+            by_measure = [record["natural"], *(records.robust_errors(record, eps) for eps in RADII)]
             for measure, errors in zip(MEASURES, by_measure, strict=True):
                 for name, count, error in zip(record["class_names"], record["class_counts"], errors, strict=True):
                     rows.append((recipe, record["config"]["seed"], name, measure, 100 * error, count))
@@ -109,21 +109,21 @@ def collect(paths: Sequence[Path]) -> dict[str, dict[str, list[dict[str, Any]]]]
         if not files:
             raise KitError(f"there are no finished runs in {path}: name a folder that train or sweep has written to")
         for file in dict.fromkeys(file.resolve() for file in files):
-            record = evaluation.read_record(file)
+            record = records.read(file)
             if not {"config", "natural", "attacks"} <= set(record):
                 raise KitError(f"{file} is no record of a run: name a folder that train or sweep has written to")
             recipe, config = file.parent.parent.name, record["config"]
             seeds = found.setdefault(config["dataset"], {}).setdefault(recipe, {})
             if seeds.setdefault(config["seed"], file) != file:
                 raise KitError(f"{file} and {seeds[config['seed']]} are the same seed: name the folder of one of them")
-    records: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    kept_by: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for dataset, recipes in found.items():
         for recipe, seeds in recipes.items():
-            kept = [evaluation.read_record(seeds[seed]) for seed in sorted(seeds)]
+            kept = [records.read(seeds[seed]) for seed in sorted(seeds)]
             for seed, record in zip(sorted(seeds), kept, strict=True):
                 checkpoint.refuse_other(seeds[seed], record["config"], {**kept[0]["config"], "seed": seed})
-            records.setdefault(dataset, {})[recipe] = kept
-    return records
+            kept_by.setdefault(dataset, {})[recipe] = kept
+    return kept_by
 
 
 def by_method(
@@ -170,7 +170,7 @@ def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
     rows = {}
     for recipe, seeds in records.items():
         for record in seeds:
-            natural, robust = np.array(record["natural"]), evaluation.robust_errors(record, eps_255)
+            natural, robust = np.array(record["natural"]), records.robust_errors(record, eps_255)
             kinds = {"natural": natural, "boundary": robust - natural, "robust": robust}
             rows[recipe, record["config"]["seed"]] = {
                 f"{kind} {what}": 100 * getattr(errors, how)()

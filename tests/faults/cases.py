@@ -165,7 +165,7 @@ KERNEL = """
 import time
 from frlkit import training
 from faulty import prepare
-everything, straight, batches = prepare({root!r}, {recipe!r}, {runs!r}, {log!r}), training.loss, []
+everything, straight, batches = prepare({root!r}, {recipe!r}, {runs!r}, {log!r}), losses.loss, []
 
 def loss(*rest):
     batches.append(None)
@@ -174,7 +174,7 @@ def loss(*rest):
         time.sleep(60)
     return straight(*rest)
 
-training.loss = loss
+losses.loss = loss
 """
 
 
@@ -194,9 +194,9 @@ def interrupted_kernel(stage: Stage, recipe: str, runs: Path) -> int:
         runs.parent.mkdir(parents=True, exist_ok=True)
         names = {"root": str(stage.root), "recipe": recipe, "runs": str(runs), "log": str(epochs_of(runs))}
         assert execute(KERNEL.format(**names, batch=2 * EPOCHS[recipe]))["status"] == "ok"
-        stopped = execute("training.run(*everything)")
+        stopped = execute("runs.run(*everything)")
         assert stopped.get("ename") == "KeyboardInterrupt", stopped
-        again = execute("training.run(*everything)")
+        again = execute("runs.run(*everything)")
         assert again["status"] == "ok", again
     finally:
         client.stop_channels()

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from frlkit import PROJECT, KitError, checkpoint, evaluation, kernels, models, training
+from frlkit import PROJECT, KitError, checkpoint, evaluation, kernels, models, recipes, records, training
 from frlkit.data import Dataset, Split
 
 VALUES = {
@@ -100,7 +100,7 @@ def child(
         checkpoint.mirror(Path(runs), Path(options["remote"]))
     try:
         with _armed(fault, options):
-            training.run(*everything)
+            runs.run(*everything)
     except KitError as error:
         print(f"KitError: {error}", flush=True)
         os._exit(REFUSED)
@@ -109,18 +109,18 @@ def child(
     sys.stdout.flush()
 
 
-def prepare(root: str, recipe: str, runs: str, log: str, **values: Any) -> tuple[training.Config, Dataset, Path]:
-    """What `training.run` takes, after settings that make it short; also used inside a notebook's kernel."""
+def prepare(root: str, recipe: str, runs: str, log: str, **values: Any) -> tuple[recipes.Config, Dataset, Path]:
+    """What `runs.run` takes, after settings that make it short; also used inside a notebook's kernel."""
     torch.set_num_threads(1)
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    evaluation.evaluate.__defaults__ = (quick,)
-    training.watched = lambda: False
-    training.tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process leaves behind
+    records.evaluate.__defaults__ = (quick,)
+    runs.watched = evaluation.watched = lambda: False
+    runs.tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process leaves behind
     tensors = torch.load(Path(root) / "data.pt")
     tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
-    config = training.configure(recipe, "digits", 0, **{**VALUES[recipe], **values})
+    config = recipes.configure(recipe, "digits", 0, **{**VALUES[recipe], **values})
     _log_epochs(log)
-    return config, tiny, training.folder(Path(runs), recipe, config)
+    return config, tiny, runs.folder(Path(runs), recipe, config)
 
 
 def _log_epochs(log: str) -> None:
@@ -128,7 +128,7 @@ def _log_epochs(log: str) -> None:
     straight = training.train_epoch
 
     def train_epoch(model: Any, optimizer: Any, split: Any, config: Any, epoch: int, *rest: Any) -> Iterator[Any]:
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(f"{type(config).__name__} {epoch}\n")
         yield from straight(model, optimizer, split, config, epoch, *rest)
 
@@ -158,7 +158,7 @@ def _armed(fault: Fault | None, options: dict[str, Any]) -> Iterator[None]:
     finally:
         sys.settrace(None)
     if "survey" in options:
-        Path(options["survey"]).write_text(json.dumps(counts))
+        Path(options["survey"]).write_text(json.dumps(counts), encoding="utf-8")
 
 
 def _strike(kind: str, options: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frlkit import KitError, checkpoint, evaluation, kernels
+from frlkit import KitError, checkpoint, evaluation, kernels, records
 from frlkit.attacks import evaluating, logits, pgd
 from frlkit.data import Split
 from frlkit.evaluation import Attack
@@ -57,7 +57,7 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
     }
     record = {**about, "labels": split.labels.tolist(), "fell": [-1] * len(split)}
     if path.exists():
-        record = evaluation.read_record(path)
+        record = records.read(path)
         checkpoint.refuse_other(path, {key: record.get(key) for key in about}, about)
     for start in range(0, len(split), CHUNK):
         part = slice(start, start + CHUNK)
@@ -70,7 +70,7 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
 
 def finished(path: Path) -> dict[str, Any]:
     """The record of a ladder that attacked all its images; raises `KitError` where there is none."""
-    record = evaluation.read_record(path)
+    record = records.read(path)
     if -1 in record["fell"]:
         raise KitError(f"{path} is unfinished: climb it with the weights and the images first")
     return record
@@ -130,4 +130,4 @@ class _Fast(nn.Module):
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {**evaluation.versions(), "torchattacks": version("torchattacks")}
+    return {**records.versions(), "torchattacks": version("torchattacks")}

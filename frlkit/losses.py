@@ -1,0 +1,91 @@
+"""The training loss of a batch, by a run's method: natural training, PGD-AT, TRADES, and those of FRL's variants."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frlkit import fairness
+from frlkit.attacks import logits, pgd
+from frlkit.recipes import Config, FairConfig
+
+
+def loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    config: Config,
+    generator: torch.Generator,
+    balance: fairness.Setting | None = None,
+) -> Tensor:
+    """The training loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT), or with TRADES' KL term.
+
+    With a `balance`, the loss of a retraining run: every term is a mean weighted by class, and the attack has each
+    class's radius.
+    """
+    if balance is not None:
+        return _fair_loss(model, x, y, config, generator, balance)
+    attack = (config.eps_255 / 255, config.step_255 / 255, config.steps)
+    if config.method == "natural":
+        return F.cross_entropy(logits(model, x), y)
+    if config.method == "pgd_at":
+        share = math.ceil(config.attacked * len(x))  # the batch is in random order, so its head is a random share
+        adversarial = pgd(model, x[:share], y[:share], *attack, generator=generator)
+        return F.cross_entropy(logits(model, torch.cat([adversarial, x[share:]])), y)
+    adversarial = pgd(model, x, y, *attack, loss="kl", random_start="gaussian", generator=generator)
+    clean = logits(model, x)
+    divergence = F.kl_div(logits(model, adversarial).log_softmax(1), clean.softmax(1), reduction="batchmean")
+    return F.cross_entropy(clean, y) + config.beta * divergence
+
+
+def _fair_loss(
+    model: nn.Module, x: Tensor, y: Tensor, config: FairConfig, generator: torch.Generator, balance: fairness.Setting
+) -> Tensor:
+    """The loss of a retraining run, by its method.
+
+    frl: weighted cross-entropy of the clean images + beta * weighted KL(p(x) || p(x')), the surrogates of R_nat and
+    R_bdy (section 4.2 of the paper; the authors' code). pgd_at: weighted cross-entropy of the attacked images.
+    report_reweight and report_remargin: what the report's code computes.
+    """
+    eps = config.eps_255 / 255 * balance.radius_factors[y]  # (N,)
+    step = torch.full_like(eps, config.step_255 / 255)
+    if config.step != "fixed":
+        own = balance.radius_factors[y]
+        step = step * (own if config.step == "own" else own.max())
+    if config.method == "frl":
+        adversarial = pgd(model, x, y, eps, step, config.steps, loss="kl", random_start="gaussian", generator=generator)
+        clean, attacked = logits(model, torch.cat([x, adversarial])).chunk(2)
+        natural = _weighted_cross_entropy(clean, y, balance.weights_nat)
+        boundary = _weighted_divergence(attacked, clean, balance.weights_bdy[y])
+        if config.weighting == "printed":  # weights that do not sum to 1 count as they are
+            natural, boundary = natural * balance.weights_nat.sum(), boundary * balance.weights_bdy.sum()
+        return natural + config.beta * boundary
+    share = math.ceil(config.attacked * len(x))
+    adversarial = pgd(model, x[:share], y[:share], eps[:share], step[:share], config.steps, generator=generator)
+    if config.method == "pgd_at":
+        return _weighted_cross_entropy(logits(model, torch.cat([adversarial, x[share:]])), y, balance.weights_bdy)
+    if config.method == "report_remargin":
+        order = torch.randperm(len(x), generator=generator, device=x.device)
+        shuffled = torch.cat([adversarial, x[share:]])[order]
+        labels = y if config.unshuffled_labels else y[order]
+        clean, mixed = logits(model, torch.cat([x, shuffled])).chunk(2)
+        return _weighted_cross_entropy(clean, y, balance.weights_nat) + F.cross_entropy(mixed, labels)
+    clean, attacked = logits(model, torch.cat([x, adversarial])).chunk(2)
+    natural = _weighted_cross_entropy(clean, y, balance.weights_nat)
+    if config.predicted_targets:
+        return natural + _weighted_cross_entropy(attacked, clean.argmax(1), balance.weights_bdy)
+    return natural + _weighted_divergence(attacked, clean, balance.weights_bdy[y])
+
+
+def _weighted_cross_entropy(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy, mean over the batch with weights by class (C,); 0 where no class of the batch has any weight."""
+    return F.cross_entropy(logits, y, weights) if bool(weights[y].any()) else 0 * logits.sum()
+
+
+def _weighted_divergence(attacked: Tensor, clean: Tensor, weights: Tensor) -> Tensor:
+    """KL(p(x) || p(x')), mean over the batch with the given weights (N,); 0 where all are 0."""
+    divergence = F.kl_div(attacked.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
+    return (weights * divergence).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

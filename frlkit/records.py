@@ -1,0 +1,220 @@
+"""Result records: one JSON file a model, with one schema; written, read and compared here.
+
+A record has the data set, the weights' hash, ``natural`` and, in ``attacks``, one entry per attack with ``robust``,
+``boundary`` and ``confusion``, and what made it. Beside it, ``outcomes.npz`` keeps a bit an image and attack.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import nn
+from typing_extensions import NotRequired, TypedDict
+
+from frlkit import KitError, __version__, checkpoint, kernels
+from frlkit.data import Dataset
+from frlkit.evaluation import STANDARD, Attack, ClassErrors, class_errors
+from frlkit.values import Share
+
+OUTCOMES = "outcomes.npz"
+
+
+def standard(dataset: str) -> tuple[Attack, ...]:
+    """`evaluation.STANDARD`, and for GTSRB the paper's radius there, 12/255."""
+    return (*STANDARD, Attack(eps_255=12.0)) if dataset.startswith("gtsrb") else STANDARD
+
+
+def _is_attack(value: dict[str, Any]) -> dict[str, Any]:
+    Attack(**value)
+    return value
+
+
+_Errors = Annotated[list[Share], Field(min_length=2)]
+_OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Entry(TypedDict):
+    __pydantic_config__ = _OPEN
+    attack: Annotated[dict[str, Any], AfterValidator(_is_attack)]
+    robust: _Errors
+    boundary: list[float]
+    confusion: list[list[Annotated[int, Field(ge=0)]]]
+
+
+def _same_classes(record: dict[str, Any]) -> dict[str, Any]:
+    """One number a class everywhere, and as many images as the classes have together."""
+    classes = len(record["class_names"])
+    lists = [record[key] for key in ("natural", "class_counts") if key in record]
+    for entry in record["attacks"]:
+        lists += [entry["robust"], entry["boundary"], entry["confusion"]]
+    if any(len(values) != classes for values in lists):
+        raise ValueError(f"its lists do not all have {classes} classes")
+    return record
+
+
+class _Record(TypedDict):
+    __pydantic_config__ = _OPEN
+    dataset: str
+    class_names: Annotated[list[str], Field(min_length=2)]
+    weights_sha256: NotRequired[str]
+    natural: NotRequired[_Errors]
+    class_counts: NotRequired[list[Annotated[int, Field(ge=1)]]]
+    attacks: list[_Entry]
+    config: NotRequired[dict[str, Any]]
+
+
+class _Epoch(TypedDict):
+    __pydantic_config__ = _OPEN
+    lr: Annotated[float, Field(ge=0)]
+    loss: float
+    seconds: Annotated[float, Field(ge=0)]
+    validation: dict[str, _Errors]
+
+
+class _History(TypedDict):
+    __pydantic_config__ = _OPEN
+    config: dict[str, Any]
+    threads: Annotated[int, Field(ge=1)]
+    epochs: Annotated[list[_Epoch], Field(min_length=1)]
+
+
+_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Record, AfterValidator(_same_classes)])
+_HISTORY: TypeAdapter[Any] = TypeAdapter(_History)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a record; raises `KitError` where it is missing, no JSON, or not what a record is."""
+    return _read(path, _RECORD, "record")
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """Read a run's history; raises `KitError` where it is missing, no JSON, or not what a history is."""
+    return _read(path, _HISTORY, "history")
+
+
+def _read(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
+    try:
+        return schema.validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = f"{place + ': ' if place else ''}{first['msg']}"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+    raise KitError(f"the {kind} {path} cannot be read ({reason}): delete it to have it made again") from None
+
+
+def versions() -> dict[str, str]:
+    """What a record says about the software that made it."""
+    import torchvision
+
+    return {
+        "frlkit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    attacks: Iterable[Attack] | None = None,
+    *,
+    path: Path | None = None,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Errors on the whole test split as a record: plain data, ready for JSON.
+
+    With `path`, a record there of the same weights and data is reused, only missing attacks are computed, and the
+    result is written back, outcomes beside it. `about` is stored in it. The attacks are those of `standard` unless
+    given. Raises `KitError` where a class has no test image.
+    """
+    if missing := set(range(len(data.class_names))) - set(data.test.labels.unique().tolist()):
+        raise KitError(f"class {min(missing)} has no image in the test split: its error is undefined")
+    record: dict[str, Any] = {
+        **(about or {}),
+        "dataset": data.name,
+        "split": "test",
+        "class_names": list(data.class_names),
+        "weights_sha256": checkpoint.digest(dict(model.state_dict())),
+        "attacks": [],
+    }
+    if path is not None and path.exists():
+        found = read(path)
+        if all(found.get(key) == record[key] for key in record if key != "attacks"):
+            record = found
+    done = [Attack(**entry["attack"]) for entry in record["attacks"]]
+    for attack in standard(data.name) if attacks is None else attacks:
+        if attack in done:
+            continue
+        errors = class_errors(model, data.test, attack)
+        record["images"] = int(errors.counts.sum())
+        record["class_counts"] = errors.counts.tolist()
+        record["natural"] = errors.natural.tolist()
+        entry = {"attack": asdict(attack), "robust": errors.robust.tolist(), "boundary": errors.boundary.tolist()}
+        made_by = {"kernel": kernels.describe(model), "versions": versions()}
+        record["attacks"].append({**entry, "confusion": errors.confusion.tolist(), **made_by})
+        if path is not None:
+            _keep_outcomes(path.with_name(OUTCOMES), record["weights_sha256"], attack, errors)
+            checkpoint.write_json(path, record)
+    return record
+
+
+def _keep_outcomes(path: Path, weights: str, attack: Attack, errors: ClassErrors) -> None:
+    """Add an attack's outcomes to those of the same weights."""
+    kept = {name: np.packbits(values) for name, values in outcomes(path, weights).items()}
+    kept |= {"clean": np.packbits(errors.right), str(attack): np.packbits(errors.stands)}
+    kept |= {"images": np.array(len(errors.right)), "weights_sha256": np.array(weights)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **kept)
+    checkpoint.write_atomically(path, buffer.getvalue())
+
+
+def outcomes(path: Path, weights: str | None = None) -> dict[str, np.ndarray]:
+    """Whether each test image is right, clean (``"clean"``) and under each attack: arrays (N,) of bool by name.
+
+    Empty where there is no such file, or, with `weights`, where it is of other weights than those of that hash.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if weights is not None and str(found["weights_sha256"]) != weights:
+                return {}
+            names = [name for name in found.files if name not in ("images", "weights_sha256")]
+            return {name: np.unpackbits(found[name], count=int(found["images"])).astype(bool) for name in names}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # a damaged archive can raise anything
+        raise KitError(f"the outcomes {path} cannot be read ({error}): delete them to have them made again") from None
+
+
+def robust_errors(record: Mapping[str, Any], eps_255: float) -> np.ndarray:
+    """A record's class-wise robust error (C,) under the standard attack at a radius in 1/255."""
+    return np.array(entry_of(record, eps_255)["robust"])
+
+
+def entry_of(record: Mapping[str, Any], eps_255: float) -> dict[str, Any]:
+    """A record's entry for the standard attack at a radius in 1/255; raises `KitError` where it has none."""
+    for entry in record["attacks"]:
+        if Attack(**entry["attack"]) == Attack(eps_255=eps_255):
+            return entry
+    raise KitError(f"the record has no {Attack(eps_255=eps_255)}: evaluate the weights with it first")
+
+
+def largest_difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The largest class-wise difference (a fraction) of two records of one model under the same attacks."""
+    ours, theirs = ({Attack(**entry["attack"]): entry["robust"] for entry in r["attacks"]} for r in (record, other))
+    if only := set(ours) ^ set(theirs):
+        raise KitError(f"only one of the two records has {min(map(str, only))}: evaluate both alike")
+    differences = [np.subtract(record["natural"], other["natural"])]
+    differences += [np.subtract(ours[attack], theirs[attack]) for attack in ours]
+    return float(np.abs(differences).max())

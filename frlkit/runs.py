@@ -1,0 +1,231 @@
+"""A run's folder: start, go on, finish, reload, verify; a study is many of them.
+
+RUNS/DATASET/RECIPE/seedN holds ``checkpoint.pt`` after every epoch of a run, and of a finished one
+``weights.safetensors``, ``history.json``, ``record.json`` and ``outcomes.npz``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from frlkit import KitError, __version__, checkpoint, distributed, kernels, models, records, training, watched
+from frlkit.data import Dataset, folder_name
+from frlkit.evaluation import Attack
+from frlkit.recipes import Config, configure, described, spelled, start_of
+
+WEIGHTS = "weights.safetensors"
+FILES = (WEIGHTS, "history.json", records.OUTCOMES, "record.json")  # the record makes a run finished: it comes last
+
+Records = dict[str, list[dict[str, Any]]]  # recipe -> one per seed
+
+
+def folder(runs: Path, recipe: str, config: Config) -> Path:
+    """Where a run lives: RUNS/DATASET/RECIPE/seedN, data set and recipe in their one spelling."""
+    return runs / folder_name(config.dataset) / spelled(recipe) / f"seed{config.seed}"
+
+
+def start_folder(config: Config, place: Path) -> Path:
+    """Where the run lives that the retraining run in `place` starts from: beside it."""
+    return place.parents[1] / config.start / place.name  # type: ignore[attr-defined]
+
+
+def run(config: Config, data: Dataset, place: Path) -> nn.Module:
+    """Train, or go on training, or reload: the model after `config.epochs` epochs.
+
+    One process at a time: a second waits. Raises `KitError` where the folder belongs to another configuration or cannot
+    be written, and `training.TrainingDivergedError` where the loss or a weight is no longer finite.
+    """
+    data = data.with_validation(config.validation)
+    if distributed.from_main(lambda: _at_rest(place)):
+        return _finish(config, data, place)
+    with checkpoint.only_one(place) if distributed.is_main() else contextlib.nullcontext():
+        if not distributed.from_main(lambda: _has_weights(place)):
+            _train(config, data, place)
+        return _finish(config, data, place)
+
+
+def _at_rest(place: Path) -> bool:
+    return (place / WEIGHTS).exists() and (place / "record.json").exists() and checkpoint.at_rest(place)
+
+
+def _has_weights(place: Path) -> bool:
+    """Whether a run is trained; weights that frlkit 0.1 left (``weights.pt``) are written anew as safetensors."""
+    old = place / "weights.pt"
+    if not (place / WEIGHTS).exists() and old.exists():
+        state = checkpoint.read(old)
+        write_weights(place / WEIGHTS, state["model"], state["config"], state["num_classes"])
+        old.unlink()
+    return (place / WEIGHTS).exists()
+
+
+def _train(config: Config, data: Dataset, place: Path) -> None:
+    """Epochs from the newest checkpoint to the last, saving after each; leaves weights and history."""
+    path = place / "checkpoint.pt"
+    own = {"config": described(config)}
+    state = distributed.from_main(lambda: checkpoint.resume(path, own["config"]))
+    if state is None:
+        progress = training.begin(config, data, _starting_model(config, data, place))
+        if progress.start is not None:
+            progress.start = {"sha256": checkpoint.digest(dict(progress.model.state_dict())), **progress.start}
+        own["made_by"] = []
+    else:
+        progress = training.resume(config, data, state)
+        own["made_by"] = list(state.get("made_by", []))
+    _note_machine(own["made_by"], progress.model, place)
+    for _ in training.epochs(progress, lambda batches, epoch: _follow(batches, data, config, epoch, place)):
+        if distributed.is_main():
+            checkpoint.save(path, {**own, **progress.plain()}, keep_previous=True)
+    if distributed.is_main():
+        start = {"start": progress.start} if progress.start is not None else {}
+        history = {**own, **own["made_by"][-1], **start, "epochs": progress.history}
+        checkpoint.write_json(place / "history.json", history)
+        write_weights(place / WEIGHTS, progress.result.state_dict(), own["config"], len(data.class_names))
+
+
+def _note_machine(made_by: list[dict[str, Any]], model: nn.Module, place: Path) -> None:
+    """Add what carries the run out, where it changes: bit equality with the straight run needs the same throughout."""
+    now = {"kernel": kernels.describe(model), "threads": torch.get_num_threads(), "versions": records.versions()}
+    if made_by and made_by[-1] != now and distributed.is_main():
+        changed = ", ".join(f"{key} {made_by[-1][key]} -> {now[key]}" for key in now if made_by[-1][key] != now[key])
+        print(f"{place} goes on with {changed}: its result may differ in rounding from a run made with one of them")
+    if not made_by or made_by[-1] != now:
+        made_by.append(now)
+
+
+def _starting_model(config: Config, data: Dataset, place: Path) -> nn.Module:
+    """A network drawn from the seed, or for a retraining run the finished run it starts from, trained if missing."""
+    start = start_of(config)
+    return training.fresh_model(config, data) if start is None else run(start, data, start_folder(config, place))
+
+
+def _follow(batches: training.Batches, data: Dataset, config: Config, epoch: int, place: Path) -> float:
+    """Run an epoch, with a progress bar where someone watches, one line where not; returns the mean loss."""
+    title = f"{'/'.join(place.parts[-3:])} epoch {epoch + 1}/{config.epochs}"  # DATASET/RECIPE/seedN
+    images, began = len(data.train), time.perf_counter()
+    shown = watched() and distributed.is_main()
+    with tqdm(total=images, desc=title, unit="img", leave=False, disable=not shown) as bar:
+
+        def seen() -> training.Batches:
+            for count, value in batches:
+                yield count, value
+                bar.update(count)
+                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+
+        mean = training.mean_loss(seen(), epoch)
+    if not watched() and distributed.is_main():
+        memory = ""
+        if data.train.labels.is_cuda:
+            memory = f", peak memory {torch.cuda.max_memory_allocated(data.train.labels.device) / 2**30:.1f} GiB"
+        print(f"{title}: loss {mean:.4f}, {images / (time.perf_counter() - began):,.0f} images/s{memory}", flush=True)
+    return mean
+
+
+def _finish(config: Config, data: Dataset, place: Path) -> nn.Module:
+    """The trained model, with its record of test errors; the working checkpoints are gone."""
+    with distributed.main_alone() as main:
+        if main:
+            model = load(place, config, data.train.labels.device)
+            records.evaluate(model, data, path=place / "record.json", about={"config": described(config)})
+            checkpoint.remove(place / "checkpoint.pt")
+    return model if main else load(place, config, data.train.labels.device)
+
+
+def write_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], classes: int) -> None:
+    """A model's weights as safetensors, with configuration, number of classes and a digest in the header."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    head = {"format": "pt", "frlkit": __version__, "config": json.dumps(config), "num_classes": str(classes)}
+    head["sha256"] = checkpoint.digest(tensors)
+    checkpoint.write_atomically(path, safetensors.torch.save(tensors, metadata=head))
+
+
+def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A finished run's model on the CPU, and its configuration.
+
+    Raises `KitError` where the file is missing, damaged or another kind of file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            head = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        config, classes = json.loads(head["config"]), int(head["num_classes"])
+        model = models.build(config["model"], classes)
+        model.load_state_dict(tensors)
+        whole = checkpoint.digest(dict(model.state_dict())) == head["sha256"]
+    except FileNotFoundError:
+        raise KitError(f"there is no file {path}: train the run first") from None
+    except Exception as error:  # a damaged or foreign file can raise anything
+        reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
+        raise KitError(f"{path} is no weights file of a finished run ({reason}): delete it to train anew") from None
+    if not whole:
+        raise KitError(f"{path} is damaged: its weights do not match its own digest; delete it to train anew")
+    return model, config
+
+
+def load(place: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
+    """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
+    _has_weights(place)
+    model, found = read_weights(place / WEIGHTS)
+    checkpoint.refuse_other(place, found, described(config))
+    return models.place(model, device)
+
+
+def study(
+    recipes: Sequence[str], seeds: Sequence[int], dataset: str, runs: Path, tensors: Dataset | None, **values: Any
+) -> tuple[Records, Records]:
+    """Every recipe under every seed: test records and training histories, recipe -> one per seed.
+
+    Finished runs under `runs` are reloaded, missing ones trained. Where there are no data (`tensors` is None) the
+    finished runs' records are all there is: one that is missing, or belongs to another configuration, is refused.
+    """
+    found: Records = {recipe: [] for recipe in recipes}
+    histories: Records = {recipe: [] for recipe in recipes}
+    for recipe in recipes:
+        for seed in seeds:
+            config = configure(recipe, dataset, seed, **values)
+            place = folder(runs, recipe, config)
+            if tensors is not None:
+                run(config, tensors, place)
+            found[recipe].append(records.read(place / "record.json"))
+            histories[recipe].append(records.read_history(place / "history.json"))
+            for kept in (found, histories):
+                checkpoint.refuse_other(place, kept[recipe][-1].get("config", {}), described(config))
+    return found, histories
+
+
+def recheck(found: Records, recipe: str, runs: Path, tensors: Dataset, **values: Any) -> float:
+    """Attack the first seed's weights again, here and now: the largest class-wise difference from the record."""
+    record = found[recipe][0]
+    config = configure(recipe, tensors.name, record["config"]["seed"], **values)
+    model = load(folder(runs, recipe, config), config, tensors.test.labels.device)
+    return records.largest_difference(record, records.evaluate(model, tensors))
+
+
+def finished(runs: Path) -> list[Path]:
+    """The folders of all finished runs below a folder, such as RUNS or RUNS/DATASET."""
+    return sorted(path.parent for path in runs.rglob("seed*/record.json"))
+
+
+def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
+    """Every finished run of this data set under `runs`, recomputed: its folder, the largest class-wise difference.
+
+    Raises `KitError` where a file is damaged, or its record belongs to other weights.
+    """
+    for place in finished(runs / folder_name(tensors.name)):
+        _has_weights(place)
+        record, (model, _) = records.read(place / "record.json"), read_weights(place / WEIGHTS)
+        if record.get("weights_sha256") != checkpoint.digest(dict(model.state_dict())):
+            raise KitError(f"{place / 'record.json'} belongs to other weights than {place / WEIGHTS}: delete it")
+        attacks = [Attack(**entry["attack"]) for entry in record["attacks"]]
+        again = records.evaluate(models.place(model, tensors.test.labels.device), tensors, attacks)
+        yield place, records.largest_difference(record, again)

@@ -1,0 +1,1 @@
+"""Many runs: grids of them, and the machines that carry them out."""

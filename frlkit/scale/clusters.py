@@ -1,0 +1,199 @@
+"""What carries a sweep's runs out: processes of this machine, or an existing Ray or Dask cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from frlkit import KitError, checkpoint, data, recipes, runs
+from frlkit.recipes import Config
+from frlkit.scale.sweeps import Engine, Run
+
+BACKENDS = ("local", "ray", "dask")
+
+
+@contextlib.contextmanager
+def local(device: str = "auto", jobs: int | None = None, shares: int = 1) -> Iterator[tuple[Engine, int]]:
+    """An engine of processes on this machine, one thread each, and their number: `jobs`, or as many as there are cores.
+
+    On CUDA as many as there are GPUs, or shares of them. Raises `KitError` for a device that is absent.
+    """
+    from joblib import Parallel, cpu_count, delayed
+
+    gpus = torch.cuda.device_count() * shares if data.pick_device(device).type == "cuda" else 0
+    workers = jobs or gpus or cpu_count()
+
+    with tempfile.TemporaryDirectory(prefix="frlkit-") as slots:
+        loaded: set[str] = set()
+
+        def engine(group: Sequence[Run]) -> Iterator[tuple[Path, str, str]]:
+            for name in {run.config.dataset for run in group} - loaded:
+                data.load(name)  # refused, downloaded and resized once, not by every process
+                loaded.add(name)
+            place = (str(data.root().resolve()), gpus, slots)
+            pool = Parallel(
+                n_jobs=workers,
+                backend="loky",
+                return_as="generator_unordered",
+                batch_size=1,
+                initializer=_begin,
+                initargs=(os.getpid(),),
+            )
+            yield from pool(delayed(_here)(run, *place) for run in group)
+
+        yield engine, workers
+
+
+def _begin(parent: int) -> None:
+    """Ready a process of this machine: it ends soon after the sweep's, which a kill may keep from saying so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # as safe as a kill
+
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own lock is for several processes, and a killed one leaves it behind
+
+
+def _here(run: Run, root: str, gpus: int, slots: str) -> tuple[Path, str, str]:
+    """Carry out a run in a process of this machine. Its progress is not shown: many would write at once."""
+    os.environ["FRLKIT_DATA"] = root
+    threads, said = torch.get_num_threads(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            torch.set_num_threads(1)
+            runs.run(run.config, _data(run.config.dataset, root, _gpu(gpus, slots) if gpus else "cpu"), run.folder)
+    except Exception as error:  # whatever it is, the sweep goes on without this run
+        return run.folder, _sentence(error), said.getvalue()
+    finally:
+        torch.set_num_threads(threads)
+    return run.folder, "", said.getvalue()
+
+
+@functools.lru_cache(maxsize=1)
+def _data(name: str, root: str, device: str) -> data.Dataset:
+    """A process's runs share their data; `root` only tells one folder's from another's."""
+    return data.load(name, device=device)
+
+
+_held: list[Any] = []  # the lock of this process's share
+
+
+@functools.cache
+def _gpu(shares: int, slots: str) -> str:
+    """The GPU of this process: it takes a free share and holds it until it ends, however it ends."""
+    from filelock import FileLock, Timeout
+
+    while True:
+        for share in range(shares):
+            lock = FileLock(Path(slots) / f"share{share}.lock")
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                _held.append(lock)
+                return f"cuda:{share % torch.cuda.device_count()}"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def cluster(backend: str, address: str, device: str = "auto", shares: int = 1) -> Iterator[tuple[Engine, int]]:
+    """An engine of an existing Ray or Dask cluster, and the number of runs it takes at a time.
+
+    A run's folder travels there and back, so no file system is shared; the kit has to be installed there, and finds its
+    data there. A worker that dies costs its run alone, which Ray and Dask send to another by themselves. Raises
+    `KitError` where the cluster or the library is not there.
+    """
+    from joblib import Parallel, delayed
+
+    connect = {"ray": _ray, "dask": _dask}[backend]
+    try:
+        carry_out, workers, leave = connect(address, device, shares)
+    except ImportError:
+        library = {"ray": "ray", "dask": "distributed"}[backend]
+        raise KitError(f"backend = {backend!r} needs a library that is not there: pip install {library}") from None
+    except Exception as error:  # both libraries raise anything
+        raise KitError(f"there is no {backend} cluster at {address} ({_sentence(error)}): see --address") from None
+
+    def one(run: Run) -> tuple[Path, str, str]:
+        try:
+            start = {name: (run.start.folder / name).read_bytes() for name in runs.FILES} if run.start else {}
+            files, error = carry_out(run.recipe, run.config, start, device)
+            if not error:
+                with checkpoint.only_one(run.folder):
+                    for name in runs.FILES:
+                        checkpoint.write_atomically(run.folder / name, files[name])
+                    checkpoint.remove(run.folder / "checkpoint.pt")
+        except Exception as trouble:  # its worker died again and again, or the disk is full
+            return run.folder, _sentence(trouble), ""
+        return run.folder, error, ""
+
+    def engine(group: Sequence[Run]) -> Iterator[tuple[Path, str, str]]:
+        # A thread for each run waits for its result. The joblib backends of Ray and Dask send whole calls instead: the
+        # former gives nothing back before all of them are done, and a worker that dies takes them all along.
+        pool = Parallel(n_jobs=len(group), backend="threading", return_as="generator_unordered", batch_size=1)
+        yield from pool(delayed(one)(run) for run in group)
+
+    try:
+        yield engine, workers
+    finally:
+        leave()
+
+
+def _ray(address: str, device: str, shares: int) -> tuple[Callable[..., Any], int, Callable[[], None]]:
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    gpus = 1 / shares if device == "cuda" else 0
+    task = ray.remote(num_cpus=1, num_gpus=gpus)(away)
+    workers = ray.cluster_resources().get("GPU", 0) * shares if gpus else ray.cluster_resources().get("CPU", 0)
+    return lambda *words: ray.get(task.remote(*words)), max(1, int(workers)), ray.shutdown
+
+
+def _dask(address: str, device: str, shares: int) -> tuple[Callable[..., Any], int, Callable[[], None]]:
+    from distributed import Client
+
+    client = Client(address, timeout=5)
+    return (
+        lambda *words: client.submit(away, *words, pure=False).result(),
+        max(1, sum(client.nthreads().values())),
+        client.close,
+    )
+
+
+def away(recipe: str, config: Config, start: dict[str, bytes], device: str) -> tuple[dict[str, bytes], str]:
+    """Carry out a run on a cluster's worker: the finished run's files by name, or what went wrong.
+
+    `start` has the files of the run that it starts from. The working folder lies in the user's cache, under a name made
+    from all of this, so that the same run, sent again to the same machine, goes on from its last epoch.
+    """
+    torch.set_num_threads(1)
+    asked = checkpoint.digest({"recipe": recipe, "config": recipes.described(config), "start": start})
+    scratch = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit" / "runs" / asked[:16]
+    place = runs.folder(scratch, recipe, config)
+    try:
+        for name, content in start.items():
+            checkpoint.write_atomically(runs.start_folder(config, place) / name, content)
+        tensors = _data(config.dataset, str(data.root()), str(data.pick_device(device)))
+        runs.run(config, tensors, place)
+        files = {name: (place / name).read_bytes() for name in runs.FILES}
+    except Exception as error:  # told by name and sentence: not every exception survives the way back
+        return {}, _sentence(error)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return files, ""
+
+
+def _sentence(error: Exception) -> str:
+    said = (str(error).splitlines() or [""])[0]
+    return said if isinstance(error, KitError) else f"{type(error).__name__}: {said}"

@@ -1,0 +1,232 @@
+"""``frlkit sweep FILE``: a grid of runs, each the same resumable unit that the notebooks read.
+
+A file has a grid: entries with a recipe and lists of values, whose every combination is a run. What stands beside the
+grid is every entry's default::
+
+    dataset: fashion_mnist
+    seed: [0, 1, 2]
+    grid:
+      - recipe: report_reweight
+        alpha_nat: [1, 5]
+        alpha_bdy: [1, 5]
+        values: {epochs: 8}  # fields that do not show in the folder's name, as those that the notebooks set
+      - recipe: [natural, pgd_at]
+        seed: 0
+
+joblib sends the runs to processes of this machine, one thread each, or to a Ray or Dask cluster. What is finished is
+not run again, so the same command goes on after Ctrl-C, a kill or a failure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from frlkit import KitError, checkpoint, recipes, records, runs, watched
+from frlkit.evaluation import Attack
+from frlkit.recipes import Config
+from frlkit.values import to_text
+
+DEFAULTS = {"dataset": "fashion_mnist", "seed": 0, "values": {}}
+#: The paper's symbols, which an entry may use for the fields they stand for.
+SYMBOLS = {
+    "alpha1": ("alpha_nat",),
+    "alpha2": ("alpha_bdy",),
+    "tau": ("tau_nat", "tau_bdy"),
+    "eps": ("eps_255",),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its recipe with the fields varied, its configuration, its folder."""
+
+    recipe: str
+    config: Config
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.folder.parts[-3:])  # DATASET/RECIPE/seedN
+
+    @property
+    def start(self) -> Run | None:
+        """The run that has to be finished before this one."""
+        config = recipes.start_of(self.config)
+        return config and Run(self.config.start, config, runs.start_folder(self.config, self.folder))
+
+    @property
+    def depth(self) -> int:
+        """How many runs have to be finished before this one, one after another."""
+        return 0 if self.start is None else 1 + self.start.depth
+
+    @property
+    def done(self) -> bool:
+        """Whether it is finished. Raises `KitError` where the folder's record is damaged or another run's."""
+        path = self.folder / "record.json"
+        if not path.exists() or not any((self.folder / name).exists() for name in (runs.WEIGHTS, "weights.pt")):
+            return False
+        record = records.read(path)
+        checkpoint.refuse_other(path, record.get("config", {}), recipes.described(self.config))
+        # a kill between two attacks leaves a record with the first
+        return {Attack(**entry["attack"]) for entry in record["attacks"]} >= set(records.standard(self.config.dataset))
+
+
+#: Carries runs out; yields each one's folder, what went wrong or nothing, and what it said on the way.
+Engine = Callable[[Sequence[Run]], Iterator[tuple[Path, str, str]]]
+
+
+def plan(path: Path, root: Path) -> list[Run]:
+    """Every run of a sweep file, and those they start from; a run stands behind the one that it starts from.
+
+    Raises `KitError` where the file cannot be read, has an unknown key, recipe, field or value, or asks for two
+    different runs in one folder, or for one whose folder holds another: before anything starts.
+    """
+    import yaml
+
+    try:
+        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise KitError(f"the sweep {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(sweep, dict) or not isinstance(sweep.get("grid"), list) or not sweep["grid"]:
+        raise KitError(f"the sweep {path} has no grid: give it a list of entries, such as '- recipe: pgd_at'")
+    if unknown := set(sweep) - {"grid", *DEFAULTS}:
+        names = ", ".join(["grid", *DEFAULTS])
+        raise KitError(f"{min(map(str, unknown))!r} is no key of a sweep beside its grid: use {names}")
+    found: dict[Path, Run] = {}
+    for entry in sweep.pop("grid"):
+        for run in _expand(entry, sweep, root):
+            for one in _with_starts(run):
+                _refuse_two(found.setdefault(one.folder, one), one)
+    for run in found.values():
+        _ = run.done  # refuses another run's folder
+    return sorted(found.values(), key=lambda run: run.depth)
+
+
+def _with_starts(run: Run) -> list[Run]:
+    """A run behind all those that it starts from."""
+    return [*(_with_starts(run.start) if run.start else []), run]
+
+
+def _refuse_two(one: Run, other: Run) -> None:
+    """Raise `KitError` where two runs of one folder differ."""
+    here, there = asdict(one.config), asdict(other.config)
+    for name in here:
+        if here[name] != there.get(name):
+            raise KitError(
+                f"{one.name} is asked for twice, with {name} = {here[name]!r} and {there.get(name)!r}: make them equal "
+                "(a retraining run's start_epochs are its starting run's epochs), or vary it in the grid"
+            )
+
+
+def _expand(entry: Any, defaults: dict[str, Any], root: Path) -> Iterator[Run]:
+    """The runs of one entry of the grid."""
+    if not isinstance(entry, dict) or "recipe" not in entry:
+        raise KitError(f"{entry!r} is no entry of a grid: use a recipe and lists of values, such as 'recipe: pgd_at'")
+    entry = {**DEFAULTS, **defaults, **entry}
+    values = entry.pop("values")
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise KitError(f"values = {values!r} is not allowed: use fields and values, such as {{epochs: 8}}")
+    choices = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
+    if empty := [key for key, listed in choices.items() if not listed]:
+        raise KitError(f"{empty[0]} = [] is not allowed in a grid: give at least one value")
+    names, datasets, seeds = (choices.pop(key) for key in ("recipe", "dataset", "seed"))
+    for name, dataset, seed, point in itertools.product(names, datasets, seeds, itertools.product(*choices.values())):
+        varied = [
+            f"{field}={to_text(value)}" for key, value in zip(choices, point, strict=True) for field in _fields(key)
+        ]
+        recipe = ",".join([str(name), *varied])
+        config = recipes.configure(recipe, dataset, seed, **values)
+        yield Run(recipes.spelled(recipe), config, runs.folder(root, recipe, config))
+
+
+def _fields(key: Any) -> tuple[str, ...]:
+    return SYMBOLS.get(key, (str(key),))
+
+
+def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
+    """Seconds that what is left takes on so many workers, from finished runs of one thread; None without any.
+
+    An epoch takes what it took the finished runs of the same recipe, else of any, with the same data and batches.
+    """
+    seconds: dict[tuple[Any, ...], list[float]] = {}
+    for path in root.glob("*/*/seed*/history.json"):
+        history = records.read_history(path)
+        config = history["config"]
+        key = (config["dataset"], config["model"], config["batch_size"])
+        taken = [history["threads"] * entry["seconds"] for entry in history["epochs"]]
+        for kind in (key, (*key, path.parent.parent.name.split(",")[0])):
+            seconds.setdefault(kind, []).extend(taken)
+    total = 0.0
+    for run in planned:
+        if not run.done:
+            key = (run.config.dataset, run.config.model, run.config.batch_size)
+            taken = seconds.get((*key, run.recipe.split(",")[0])) or seconds.get(key)
+            if not taken:
+                return None
+            total += run.config.epochs * statistics.median(taken)
+    return total / workers
+
+
+def sweep(planned: Sequence[Run], engine: Engine) -> dict[str, str]:
+    """Carry out what is missing of a plan; returns what went wrong, run -> sentence.
+
+    A run that fails does not stop the others, only those that start from it. Where processes die and take others'
+    work with them, what is missing is run again; a run that dies alone has failed.
+    """
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    failed: dict[Path, str] = {}
+    finished = sum(run.done for run in planned)
+    with tqdm(total=len(planned), initial=finished, unit="run", disable=not watched()) as bar:
+        for depth in sorted({run.depth for run in planned}):  # those that start from another wait until it is there
+            alone = False
+            while left := _left([run for run in planned if run.depth == depth], failed):
+                group, progress = left[:1] if alone else left, False
+                try:
+                    for folder, error, said in engine(group):
+                        progress = True
+                        name = "/".join(folder.parts[-3:])
+                        if said:
+                            tqdm.write(f"{name}: {said.strip()}")
+                        if error:
+                            failed[folder] = error
+                        bar.update()
+                        if not watched():
+                            finished += 1
+                            print(f"{finished}/{len(planned)} {name} {'failed' if error else 'finished'}", flush=True)
+                except BrokenProcessPool:
+                    if alone:
+                        failed[group[0].folder] = "its process was killed or crashed, though it ran alone"
+                alone = not progress
+    return {run.name: failed[run.folder] for run in planned if run.folder in failed}
+
+
+def _left(group: Sequence[Run], failed: dict[Path, str]) -> list[Run]:
+    """What of a group is neither finished nor failed. A run whose starting run failed has failed."""
+    left = [run for run in group if run.folder not in failed and not run.done]
+    for run in left:
+        if run.start is not None and run.start.folder in failed:
+            failed[run.folder] = f"{run.start.name}, which it starts from, failed"
+    return [run for run in left if run.folder not in failed]
+
+
+def preview(planned: Sequence[Run], root: Path, workers: int) -> str:
+    """A plan as lines of text: each run done or left, and how long what is left may take."""
+    lines = [f"{'done' if run.done else 'left'}  {run.name}" for run in planned]
+    left = sum(line.startswith("left") for line in lines)
+    seconds = estimate(planned, root, workers)
+    time = "unknown: no run of such data and batches is finished" if seconds is None else _duration(seconds)
+    last = f"{len(planned)} runs, {len(planned) - left} done, {left} left; time on {workers} processes: {time}"
+    return "\n".join([*lines, last])
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,96 @@
+"""Who may import whom, how large the rooms are: the house's plan, kept true."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from frlkit import PROJECT
+
+KIT = PROJECT / "frlkit"
+#: Bottom up; a module imports only from floors below its own, or, within a wing, from its wing.
+FLOORS = [
+    {"values"},
+    {"models", "checkpoint", "distributed", "theory"},
+    {"kernels", "data", "images"},
+    {"attacks", "fairness"},
+    {"evaluation", "recipes"},
+    {"losses"},
+    {"training", "records"},
+    {"runs", "notebook"},
+    {"audit", "report", "scale"},
+    {"reproduce"},
+    {"__main__"},
+]
+WINGS = ("audit", "kernels", "report", "scale")
+SAME_FLOOR = {("data", "images"), ("images", "data"), ("notebook", "data")}
+
+
+def modules() -> dict[str, list[Path]]:
+    """The kit's rooms: a module, or a wing, and its files."""
+    rooms: dict[str, list[Path]] = {}
+    for path in sorted(KIT.rglob("*.py")):
+        name = path.relative_to(KIT).parts[0].removesuffix(".py")
+        if name != "__init__":
+            rooms.setdefault(name, []).append(path)
+    return rooms
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a file imports, at its top or inside functions; names of frlkit/__init__ do not count."""
+    rooms, found = set(modules()), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "frlkit":
+            found |= {alias.name for alias in node.names} & rooms
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("frlkit."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("frlkit.")}
+    return found
+
+
+def floor(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+@pytest.mark.parametrize("room", modules())
+def test_an_import_never_climbs(room: str) -> None:
+    for path in modules()[room]:
+        for other in imports(path) - {room}:
+            assert floor(other) < floor(room) or (room, other) in SAME_FLOOR, f"{path.name} imports {other}"
+
+
+def test_every_room_has_a_floor() -> None:
+    assert set(modules()) <= set().union(*FLOORS)
+
+
+def test_only_notebooks_and_reproduce_import_notebook() -> None:
+    assert {room for room, paths in modules().items() for path in paths if "notebook" in imports(path)} <= {"reproduce"}
+
+
+def test_the_core_asks_kernels_one_question() -> None:
+    """`fast` in the attacks, and for records `describe`; nothing else."""
+    asked = set()
+    for room, paths in modules().items():
+        if room in WINGS:
+            continue
+        for path in paths:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            asked |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kernels"
+            }
+    assert asked <= {"fast", "describe"}
+
+
+def test_sizes() -> None:
+    """No module above 300 lines; the sizes are printed (``pytest -s``)."""
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for paths in modules().values() for path in paths}
+    core = sum(count for path, count in lines.items() if path.relative_to(KIT).parts[0] not in WINGS)
+    for path, count in lines.items():
+        print(f"{count:5} {path.relative_to(KIT)}")
+    print(f"{core:5} core, {sum(lines.values())} with wings")
+    assert max(lines.values()) <= 300, max(lines, key=lines.__getitem__)
