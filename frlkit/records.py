@@ -144,6 +144,7 @@ def evaluate(
     record: dict[str, Any] = {
         **(about or {}),
         "dataset": data.name,
+        "data_sha256": data.fingerprint,
         "split": "test",
         "class_names": list(data.class_names),
         "weights_sha256": checkpoint.digest(dict(model.state_dict())),
@@ -151,6 +152,7 @@ def evaluate(
     }
     if path is not None and path.exists():
         found = read(path)
+        found.setdefault("data_sha256", data.fingerprint)  # frlkit 0.1 kept none
         if all(found.get(key) == record[key] for key in record if key != "attacks"):
             record = found
     done = [Attack(**entry["attack"]) for entry in record["attacks"]]

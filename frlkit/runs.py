@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _has_weights(place: Path) -> bool:
 def _train(config: Config, data: Dataset, place: Path) -> None:
     """Epochs from the newest checkpoint to the last, saving after each; leaves weights and history."""
     path = place / "checkpoint.pt"
-    own = {"config": described(config)}
+    own: dict[str, Any] = {"config": described(config), "data_sha256": data.fingerprint}
     state = distributed.from_main(lambda: checkpoint.resume(path, own["config"]))
     if state is None:
         progress = training.begin(config, data, _starting_model(config, data, place))
@@ -80,6 +80,7 @@ def _train(config: Config, data: Dataset, place: Path) -> None:
             progress.start = {"sha256": checkpoint.digest(dict(progress.model.state_dict())), **progress.start}
         own["made_by"] = []
     else:
+        refuse_other_images(path, state, data)
         progress = training.resume(config, data, state)
         own["made_by"] = list(state.get("made_by", []))
     _note_machine(own["made_by"], progress.model, place)
@@ -91,6 +92,15 @@ def _train(config: Config, data: Dataset, place: Path) -> None:
         history = {**own, **own["made_by"][-1], **start, "epochs": progress.history}
         checkpoint.write_json(place / "history.json", history)
         write_weights(place / WEIGHTS, progress.result.state_dict(), own["config"], len(data.class_names))
+
+
+def refuse_other_images(path: Path, found: Mapping[str, Any], data: Dataset) -> None:
+    """Raise `KitError` where a run's file was made with other images or another split than these."""
+    if found.get("data_sha256", data.fingerprint) != data.fingerprint:  # frlkit 0.1 kept no fingerprint
+        raise KitError(
+            f"{path} was made with other images of {data.name} than those that are there now: bring them back, or "
+            "choose another folder for the runs, or delete that one"
+        )
 
 
 def _note_machine(made_by: list[dict[str, Any]], model: nn.Module, place: Path) -> None:
@@ -136,6 +146,7 @@ def _finish(config: Config, data: Dataset, place: Path) -> nn.Module:
     with distributed.main_alone() as main:
         if main:
             model = load(place, config, data.train.labels.device)
+            refuse_other_images(place / "history.json", records.read_history(place / "history.json"), data)
             records.evaluate(model, data, path=place / "record.json", about={"config": described(config)})
             checkpoint.remove(place / "checkpoint.pt")
     return model if main else load(place, config, data.train.labels.device)
