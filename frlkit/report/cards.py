@@ -1,0 +1,73 @@
+"""The model card of all shipped models, ``checkpoints/README.md``: written from their records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frlkit import PROJECT, records, runs
+from frlkit.evaluation import STANDARD
+from frlkit.recipes import RECIPES, title
+from frlkit.report import tables
+
+INTENDED = """Research on class-wise robustness: to recompute this kit's tables, to compare with other methods, to be attacked. Not for
+use: the worst class is wrong on a third to nine tenths of its images under attack, and none of these models knows an
+image that belongs to no class.
+
+Known failures: robust errors are lower bounds, from PGD-20; AutoAttack finds more (notebook 05). Classes that resemble
+one another (T-shirt/top, Pullover, Coat, Shirt) are confused with one another, and what a fair recipe gains on one of them
+another may pay. Other radii, norms and corruptions were not trained for."""
+
+
+def card(project: Path = PROJECT) -> str:
+    """The card as Markdown: what each model is, from which data, seeds and recipe, and its class-wise errors."""
+    lines = [
+        "# Model card",
+        "",
+        "Written by `frlkit report` from the records beside the weights. Each run's folder, `DATASET/RECIPE/seedN`, has",
+        "`weights.safetensors` (configuration in the header), `history.json`, `record.json` and, where kept, a bit an",
+        "image and attack in `outcomes.npz`. Load one with `frlkit.runs.read_weights(PATH)`; recompute all of them with",
+        "`frlkit verify`. MIT licence, as the kit.",
+        "",
+        "## Use and failures",
+        "",
+        INTENDED,
+    ]
+    by_data: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for place in runs.finished(project / "checkpoints"):
+        record = records.read(place / "record.json")
+        by_data.setdefault(record["dataset"], {}).setdefault(place.parent.name, []).append(record)
+    for dataset, found in by_data.items():
+        lines += ["", f"## {dataset}", "", *_about(found), "", *_classwise(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _about(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    rows = []
+    for recipe, seeds in found.items():
+        config, name = seeds[0]["config"], recipe.split(",")[0]
+        listed = ", ".join(str(record["config"]["seed"]) for record in seeds)
+        source = RECIPES[name].source if name in RECIPES else ""
+        start = config.get("start", "random weights")
+        trained = f"{config['eps_255']:g}/255, {config['steps']} steps" if config["method"] != "natural" else "none"
+        share = f"{config.get('validation', 0.1):.0%}"
+        rows.append(
+            [title(recipe), f"`{recipe}`", source, config["model"], start, config["epochs"], trained, share, listed]
+        )
+    head = ["model", "recipe", "source", "network", "starts from", "epochs", "attack in training", "held out", "seeds"]
+    return tables.markdown(head, rows).splitlines()
+
+
+def _classwise(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Errors by class, in %, means over seeds: natural / under the standard attack."""
+    classes = next(iter(found.values()))[0]["class_names"]
+    rows = []
+    for recipe, seeds in found.items():
+        natural = 100 * np.mean([record["natural"] for record in seeds], axis=0)
+        robust = 100 * np.mean([records.robust_errors(record, STANDARD[0].eps_255) for record in seeds], axis=0)
+        rows.append([f"`{recipe}`", *(f"{n:.1f} / {r:.1f}" for n, r in zip(natural, robust, strict=True))])
+    sentence = f"Test errors by class in %, means over seeds: natural / under {STANDARD[0]}."
+    return [sentence, "", *tables.markdown(["", *classes], rows).splitlines()]
