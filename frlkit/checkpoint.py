@@ -1,4 +1,4 @@
-"""One atomic file after every epoch, the three files of a finished run, and one process at a time on each.
+"""One atomic file after every epoch, and the three files of a finished run.
 
 A state is a nested dictionary of tensors, numbers, text and lists. It is written to a temporary file in the same
 folder, flushed to disk and renamed, and the generation before it is kept, so a crash at any moment leaves a whole
@@ -14,26 +14,22 @@ import io
 import json
 import os
 import pickle
+import secrets
 import shutil
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from frlkit import KitError
+from frlkit import KitError, disk
+from frlkit.disk import ReadError, exists, not_read, not_written
 
 _mirrors: dict[Path, Path] = {}  # folder -> the slower, less reliable one that receives a copy of every file
 _waiting: set[Path] = set()  # files whose copy has failed so far
-
-
-class WriteError(KitError, OSError):
-    """A file could not be written; what was saved before is intact."""
 
 
 def digest(state: Any) -> str:
@@ -61,31 +57,41 @@ def digest(state: Any) -> str:
     return total.hexdigest()
 
 
+def nonfinite(state: Mapping[str, Any]) -> str:
+    """Which of a state's weights has NaN or infinity, such as ``model.fc1.weight``; "" where none."""
+    for part in ("model", "average"):
+        weights = state.get(part)
+        for name, values in weights.items() if isinstance(weights, Mapping) else ():
+            if isinstance(values, Tensor) and not bool(values.isfinite().all()):
+                return f"{part}.{name}"
+    return ""
+
+
 def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes.
 
-    Raises `WriteError` where the disk is full, read-only or gone.
+    Temporary files of this name that a kill left behind go first. Raises `WriteError` where the disk is full, read-only
+    or gone.
     """
-    temporary = ""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
+        disk.sweep_up(path.parent, path.name)
+        with open(draft, "xb") as file:
+            disk.lock(file.fileno())  # nobody takes it for a dead process's
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files private
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+            if os.name == "nt":  # which renames no open file
+                file.close()
+            if keep is not None and exists(path):
+                os.replace(path, keep)
+            os.replace(draft, path)
     except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise WriteError(
-                f"{path} cannot be written ({error.strerror or error}): free space or choose another folder, and run "
-                "the same again; what was saved before is intact"
-            ) from None
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, KitError):
+            raise not_written(path, error) from None
         raise
     _copy_to_mirror(path)
 
@@ -99,7 +105,11 @@ def mirror(folder: Path, remote: Path) -> None:
     """
     if _mirrors.get(folder.resolve()) == remote:
         return
-    for source in sorted(path for path in remote.rglob("*") if path.is_file()):
+    try:
+        found = sorted(path for path in remote.rglob("*") if path.is_file())
+    except OSError as error:
+        raise not_read(remote, error) from None
+    for source in found:
         target = folder / source.relative_to(remote)
         try:
             if source.suffix == ".copy":  # a killed session's
@@ -108,7 +118,7 @@ def mirror(folder: Path, remote: Path) -> None:
             if source.suffix == ".pt":
                 read(source)
             elif source.suffix == ".json":
-                json.loads(source.read_text())
+                json.loads(source.read_text(encoding="utf-8"))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         except (OSError, ValueError) as error:
@@ -122,7 +132,7 @@ def _copy_to_mirror(path: Path) -> None:
         _waiting.add(path)
     for file in sorted(_waiting):
         target = _mirror_of(file)
-        if target is None or not file.exists():
+        if target is None or not exists(file):
             _waiting.discard(file)
             continue
         for wait in (0.0, 0.1, 0.5):
@@ -163,56 +173,16 @@ def _mirror_of(path: Path) -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint and the generation before it, in the mirror too."""
+    """Delete a checkpoint and the generation before it, in the mirror too. Raises `WriteError` where that fails."""
     for file in (path, previous(path)):
-        file.unlink(missing_ok=True)
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise not_written(file, error) from None
         target = _mirror_of(file)
         if target is not None:
             with contextlib.suppress(OSError):
                 target.unlink(missing_ok=True)
-
-
-def _locked(folder: Path) -> FileLock:
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "run.lock")
-        with contextlib.suppress(FileNotFoundError):  # an empty folder goes with the process that held it: once more
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                print(f"another process works on {folder}: waiting for it", flush=True)
-                lock.acquire()
-            return lock
-
-
-def _litter(folder: Path) -> list[Path]:
-    """Temporary files of writes that a kill cut short."""
-    return [*folder.glob("*.pt*.tmp"), *folder.glob("*.json*.tmp")]
-
-
-def at_rest(folder: Path) -> bool:
-    """Whether no process works in a run's folder, or was killed in it."""
-    return not (folder / "run.lock").exists() and not _litter(folder)
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: a second process says so and waits until the first has finished, or has died."""
-    try:
-        lock = _locked(folder)
-        for file in _litter(folder):
-            file.unlink(missing_ok=True)
-    except OSError as error:
-        raise WriteError(
-            f"{folder} cannot be written ({error.strerror or error}): choose another folder for the runs"
-        ) from None
-    try:
-        yield
-    finally:
-        (folder / "run.lock").unlink(missing_ok=True)
-        lock.release()
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # where nothing was written
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -250,14 +220,19 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
 def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
     """What ``torch.save`` wrote: tensors, numbers, text and containers, no code (``weights_only=True``).
 
-    Raises `KitError` where there is no such file, or it holds something else or is damaged.
+    Raises `KitError` where there is no such file, or it holds something else or is damaged, `ReadError` where the disk
+    does not give it.
     """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise KitError(f"there is no file {path}: give the path of a file that torch.save wrote") from None
+    except OSError as error:
+        raise not_read(path, error) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on odd pickle protocols: the file is refused or harmless
-            return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise KitError(f"there is no file {path}: give the path of a file that torch.save wrote") from None
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError:  # torch's own message explains how to run the code in it
         raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded") from None
     except Exception as error:  # a damaged file can raise anything
@@ -268,20 +243,27 @@ def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
 def resume(path: Path, config: Mapping[str, Any], device: str | torch.device = "cpu") -> dict[str, Any] | None:
     """The newest whole generation, or None where there is none.
 
-    A damaged file, or one that is no run's checkpoint, is moved aside (``*.damaged``) with a warning, and the
-    generation before it is used. Raises `KitError` where the checkpoint was made under another configuration, naming
-    the fields that differ.
+    A damaged file, one that is no run's checkpoint, or one whose weights are not finite is moved aside (``*.damaged``)
+    with a warning, and the generation before it is used. Raises `KitError` where the checkpoint was made under another
+    configuration, naming the fields that differ, and `ReadError` or `WriteError` where the disk refuses.
     """
     for candidate in (path, previous(path)):
-        if not candidate.exists():
+        if not exists(candidate):
             continue
         try:
             state = read(candidate, device)
             if "epoch" not in state:
                 raise KitError(f"{candidate} is no checkpoint of a run: it names no epoch to go on from")
+            if name := nonfinite(state):
+                raise KitError(f"{candidate} is of no use: NaN or infinity in {name}")
+        except ReadError:
+            raise
         except KitError as error:
             aside = candidate.with_name(candidate.name + ".damaged")
-            os.replace(candidate, aside)
+            try:
+                os.replace(candidate, aside)
+            except OSError as trouble:
+                raise not_written(candidate, trouble) from None
             warnings.warn(f"{error}; kept as {aside.name}, going on from the generation before it", stacklevel=2)
             continue
         refuse_other(candidate, state.get("config", {}), config)

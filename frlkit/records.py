@@ -20,7 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
-from frlkit import KitError, __version__, checkpoint, kernels
+from frlkit import KitError, __version__, checkpoint, disk, kernels
 from frlkit.data import Dataset
 from frlkit.evaluation import STANDARD, Attack, ClassErrors, class_errors
 from frlkit.values import Share
@@ -108,7 +108,11 @@ def _read(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         reason = f"{place + ': ' if place else ''}{first['msg']}"
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError:
+        raise KitError(f"there is no {kind} {path}: train the run, or name another folder") from None
+    except OSError as error:
+        raise disk.not_read(path, error) from None
+    except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
     raise KitError(f"the {kind} {path} cannot be read ({reason}): delete it to have it made again") from None
 
@@ -150,7 +154,7 @@ def evaluate(
         "weights_sha256": checkpoint.digest(dict(model.state_dict())),
         "attacks": [],
     }
-    if path is not None and path.exists():
+    if path is not None and disk.exists(path):
         found = read(path)
         found.setdefault("data_sha256", data.fingerprint)  # frlkit 0.1 kept none
         if all(found.get(key) == record[key] for key in record if key != "attacks"):
@@ -195,6 +199,8 @@ def outcomes(path: Path, weights: str | None = None) -> dict[str, np.ndarray]:
             return {name: np.unpackbits(found[name], count=int(found["images"])).astype(bool) for name in names}
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged archive can raise anything
         raise KitError(f"the outcomes {path} cannot be read ({error}): delete them to have them made again") from None
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from frlkit import KitError, __version__, checkpoint, distributed, kernels, models, records, training, watched
+from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training, watched
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
 from frlkit.recipes import Config, configure, described, spelled, start_of
@@ -49,24 +49,24 @@ def run(config: Config, data: Dataset, place: Path) -> nn.Module:
     data = data.with_validation(config.validation)
     if distributed.from_main(lambda: _at_rest(place)):
         return _finish(config, data, place)
-    with checkpoint.only_one(place) if distributed.is_main() else contextlib.nullcontext():
+    with disk.only_one(place) if distributed.is_main() else contextlib.nullcontext():
         if not distributed.from_main(lambda: _has_weights(place)):
             _train(config, data, place)
         return _finish(config, data, place)
 
 
 def _at_rest(place: Path) -> bool:
-    return (place / WEIGHTS).exists() and (place / "record.json").exists() and checkpoint.at_rest(place)
+    return all(disk.exists(place / name) for name in (WEIGHTS, "record.json")) and disk.at_rest(place)
 
 
 def _has_weights(place: Path) -> bool:
     """Whether a run is trained; weights that frlkit 0.1 left (``weights.pt``) are written anew as safetensors."""
     old = place / "weights.pt"
-    if not (place / WEIGHTS).exists() and old.exists():
+    if not disk.exists(place / WEIGHTS) and disk.exists(old):
         state = checkpoint.read(old)
         write_weights(place / WEIGHTS, state["model"], state["config"], state["num_classes"])
         old.unlink()
-    return (place / WEIGHTS).exists()
+    return disk.exists(place / WEIGHTS)
 
 
 def _train(config: Config, data: Dataset, place: Path) -> None:
@@ -175,6 +175,8 @@ def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         whole = checkpoint.digest(dict(model.state_dict())) == head["sha256"]
     except FileNotFoundError:
         raise KitError(f"there is no file {path}: train the run first") from None
+    except OSError as error:
+        raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
         raise KitError(f"{path} is no weights file of a finished run ({reason}): delete it to train anew") from None

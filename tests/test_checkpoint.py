@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
+import fcntl
+import io
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from frlkit import PROJECT, KitError, checkpoint
+from frlkit import PROJECT, KitError, checkpoint, disk
 
 CONFIG = {"method": "natural", "lr": 0.001, "seed": 0}
 
@@ -54,6 +58,16 @@ def flip_a_bit(path: Path, of: bytes) -> None:
     path.write_bytes(content)
 
 
+def failing(number: int) -> Callable[..., Any]:
+    """In place of a function of the file system: it fails with this error."""
+
+    def fail(*arguments: Any, **_: Any) -> Any:
+        name = arguments[0] if arguments and isinstance(arguments[0], (str, Path)) else None
+        raise OSError(number, os.strerror(number), name)
+
+    return fail
+
+
 class Malicious:
     """Unpickled without care, this creates a file."""
 
@@ -75,9 +89,16 @@ class TestRoundTrip:
         assert same(checkpoint.read(path), state())
         assert os.listdir(path.parent) == ["checkpoint.pt"]
 
-    def test_others_may_read_the_file(self, path: Path) -> None:
-        checkpoint.save(path, state())
-        assert path.stat().st_mode & 0o777 == 0o644
+    @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+    def test_who_may_read_the_file_is_the_users_to_say(self, path: Path, mask: int, mode: int) -> None:
+        before = os.umask(mask)
+        try:
+            checkpoint.save(path, state())
+            with disk.only_one(path.parent):
+                assert (path.parent / "run.lock").stat().st_mode & 0o777 == mode
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode
 
     def test_the_generation_before_is_kept_if_asked(self, path: Path) -> None:
         for epoch in (1, 2, 3):
@@ -139,19 +160,15 @@ class TestDigest:
 
 
 class TestAtomicity:
-    def full_disk(self, descriptor: int, *_: Any, **__: Any) -> Any:
-        class Full:
-            def __enter__(self) -> Full:
-                return self
+    def full_disk(self, path: Any, mode: str) -> Any:
+        class Half(io.FileIO):
+            """The first half of what is written fits."""
 
-            def __exit__(self, *_: object) -> None:
-                os.close(descriptor)
-
-            def write(self, content: bytes) -> int:
-                os.write(descriptor, content[: len(content) // 2])
+            def write(self, content: Any) -> int:
+                super().write(content[: len(content) // 2])
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        return Full()
+        return Half(path, mode)
 
     def broken(self, *_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -165,8 +182,7 @@ class TestAtomicity:
         [
             ("replace", "broken"),
             ("fsync", "broken"),
-            ("fdopen", "full_disk"),
-            ("chmod", "broken"),
+            ("open", "full_disk"),
             ("replace", "interrupted"),
             ("fsync", "interrupted"),
         ],
@@ -177,7 +193,8 @@ class TestAtomicity:
         checkpoint.save(path, state(1))
         before = path.read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(os, function, getattr(self, failure))
+            target = checkpoint if function == "open" else os
+            patch.setattr(target, function, getattr(self, failure), raising=False)
             with pytest.raises((OSError, KeyboardInterrupt)):
                 checkpoint.save(path, state(2), keep_previous=keep_previous)
         assert os.listdir(path.parent) == ["checkpoint.pt"]
@@ -273,6 +290,37 @@ class TestDamage:
         assert len(caught) == 2
         assert sorted(os.listdir(two.parent)) == ["checkpoint.previous.pt.damaged", "checkpoint.pt.damaged"]
 
+    @pytest.mark.parametrize("part", ["model", "average"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_weights_that_are_not_finite_are_of_no_use(self, two: Path, part: str, value: float) -> None:
+        bad = {**state(2), "average": copy.deepcopy(state(2)["model"])}
+        assert checkpoint.nonfinite(bad) == ""
+        bad[part]["w"][3, 4] = value
+        checkpoint.save(two, bad)
+        with pytest.warns(UserWarning, match=rf"NaN or infinity in {part}\.w; kept as .*generation before it"):
+            found = checkpoint.resume(two, CONFIG)
+        assert same(found, state(1))
+
+    def test_a_disk_that_does_not_answer_is_no_damage(self, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A whole checkpoint is not moved aside because reading it failed once."""
+        for function in ("read_bytes", "stat"):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(KitError, match=r"cannot be read \(Input/output error\)"),
+            ):
+                patch.setattr(Path, function, failing(errno.EIO))
+                checkpoint.resume(two, CONFIG)
+        assert same(checkpoint.resume(two, CONFIG), state(2))
+
+    def test_what_cannot_be_moved_aside_or_removed_is_said(self, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.damage(two, "cut")
+        with monkeypatch.context() as patch, pytest.raises(KitError, match="cannot be written"):
+            patch.setattr(os, "replace", failing(errno.EACCES))
+            checkpoint.resume(two, CONFIG)
+        with monkeypatch.context() as patch, pytest.raises(KitError, match="cannot be written"):
+            patch.setattr(Path, "unlink", failing(errno.EIO))
+            checkpoint.remove(two)
+
     def test_the_kits_own_file_of_another_kind_is_moved_aside(self, two: Path) -> None:
         checkpoint.save(two, {"config": CONFIG, "num_classes": 10, "model": state(2)["model"]})
         with pytest.warns(UserWarning, match="is no checkpoint of a run"):
@@ -283,18 +331,21 @@ class TestDamage:
         assert checkpoint.resume(path, CONFIG) is None
 
     def test_a_killed_writes_litter_is_swept_up(self, two: Path) -> None:
-        litter = [two.with_name(name) for name in ("checkpoint.ptabc123.tmp", "record.json_x1.tmp", "weights.pt9.tmp")]
+        litter = [
+            two.with_name(name)
+            for name in ("checkpoint.pt.0123abcd.tmp", "record.json.00000000.tmp", "weights.pt.ffffffff.tmp")
+        ]
         for file in litter:
-            assert checkpoint.at_rest(two.parent)
+            assert disk.at_rest(two.parent)
             file.write_bytes(b"half a file")
-            assert not checkpoint.at_rest(two.parent)
-            with checkpoint.only_one(two.parent):
+            assert not disk.at_rest(two.parent)
+            with disk.only_one(two.parent):
                 assert not file.exists()
         mine = two.with_name("notes.tmp")
         mine.write_text("someone else's")
-        with checkpoint.only_one(two.parent):
-            assert not checkpoint.at_rest(two.parent)
-        assert checkpoint.at_rest(two.parent)
+        with disk.only_one(two.parent):
+            assert not disk.at_rest(two.parent)
+        assert disk.at_rest(two.parent)
         assert mine.exists()
 
     def test_a_bit_anywhere_is_refused_or_harmless(self, path: Path) -> None:
@@ -480,8 +531,8 @@ class TestMirror:
 HOLD = """
 import sys, time
 from pathlib import Path
-from frlkit import checkpoint
-with checkpoint.only_one(Path(sys.argv[1])):
+from frlkit import disk
+with disk.only_one(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -498,7 +549,7 @@ def holder(folder: Path, seconds: float) -> subprocess.Popen[str]:
 
 
 def test_a_second_process_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with holder(tmp_path, 1.0) as process, checkpoint.only_one(tmp_path):
+    with holder(tmp_path, 1.0) as process, disk.only_one(tmp_path):
         assert process.wait(timeout=10) == 0  # inside only once the other is through
     assert "another process works on" in capsys.readouterr().out
     assert not (tmp_path / "run.lock").exists()
@@ -508,6 +559,174 @@ def test_a_killed_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     with holder(tmp_path, 300) as process:
         process.kill()
         process.wait()
-        with checkpoint.only_one(tmp_path):
+        with disk.only_one(tmp_path):
             pass
     assert capsys.readouterr().out == ""
+
+
+class TestLock:
+    """Whatever the disk or Ctrl-C does, this process does not keep what it does not use."""
+
+    def free(self, folder: Path) -> bool:
+        """Whether another process could have the folder; a lock of this process's counts as taken, too."""
+        folder.mkdir(exist_ok=True)
+        hold = disk.claim(folder / "run.lock")
+        if hold is not None:
+            hold.release()
+            (folder / "run.lock").unlink()
+        return hold is not None
+
+    FAULTS: dict[str, tuple[Any, str]] = {
+        "open": (os, "open"),
+        "flock": (fcntl, "flock"),
+        "stat": (os, "stat"),
+        "fstat": (os, "fstat"),
+        "mkdir": (Path, "mkdir"),
+        "unlink": (Path, "unlink"),
+        "rmdir": (Path, "rmdir"),
+        "list": (Path, "glob"),
+    }
+
+    @pytest.mark.parametrize("when", ["before", "in the middle"])
+    @pytest.mark.parametrize(
+        ("name", "number"),
+        [
+            (name, number)
+            for name in FAULTS
+            for number in (errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTCONN)
+            if (name, number) != ("flock", errno.EACCES)  # in these words some file systems say that another has it
+        ],
+    )
+    def test_a_folder_that_fails_is_said_and_free_afterwards(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, when: str
+    ) -> None:
+        folder, place = tmp_path / "run", self.FAULTS[name]
+        (folder / "x").mkdir(parents=True)
+        with monkeypatch.context() as patch, contextlib.suppress(KitError):
+            if when == "before":
+                patch.setattr(*place, failing(number))
+            with disk.only_one(folder):
+                patch.setattr(*place, failing(number))
+        assert self.free(folder)
+        with disk.only_one(folder):  # the same call again, in this process
+            assert not self.free(folder)
+        assert [file.name for file in folder.iterdir()] == ["x"]
+
+    @pytest.mark.parametrize("how", ["gone", "a file", "a dangling link"])
+    def test_a_folder_that_is_not_there_any_more(self, tmp_path: Path, how: str) -> None:
+        folder = tmp_path / "run"
+        with pytest.raises(KitError, match="cannot be") as caught, disk.only_one(folder):
+            shutil.rmtree(folder)
+            if how == "a file":
+                folder.write_text("")
+            elif how == "a dangling link":
+                folder.symlink_to(tmp_path / "nowhere")
+            (folder / "x").read_bytes()
+        assert "Errno" not in str(caught.value)
+
+    def test_other_errors_pass_as_they_are(self, tmp_path: Path) -> None:
+        for error in (
+            OSError("of something else"),
+            FileNotFoundError(2, "no such file", "/elsewhere"),
+            ValueError("x"),
+        ):
+            with pytest.raises(type(error)) as caught, disk.only_one(tmp_path / "run"):
+                raise error
+            assert caught.value is error
+        assert self.free(tmp_path / "run")
+
+    def test_a_file_system_without_locks_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fcntl, "flock", failing(errno.ENOTSUP))
+        with pytest.warns(UserWarning, match="knows no locks"), disk.only_one(tmp_path / "run"):
+            pass
+
+    def test_ctrl_c_at_any_line_leaves_nothing_held(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """And what it leaves all the same, the next call in this thread takes over."""
+        folder, lines, kept = tmp_path / "run", 0, []
+
+        def once(stop: int) -> int:
+            count = 0
+
+            def line(frame: Any, event: str, _: Any) -> Any:
+                nonlocal count
+                if event == "line":
+                    count += 1
+                    if count == stop:
+                        raise KeyboardInterrupt
+                return line
+
+            def call(frame: Any, *_: Any) -> Any:
+                return line if frame.f_code.co_filename == disk.__file__ else None
+
+            try:
+                sys.settrace(call)
+                with disk.only_one(folder):
+                    pass
+            except KeyboardInterrupt as error:
+                kept.append(error)  # as a notebook keeps the last traceback, and all that it refers to
+            finally:
+                sys.settrace(None)
+            return count
+
+        lines = once(-1)
+        for stop in range(1, lines + 1):
+            once(stop)
+            with disk.only_one(folder):
+                pass
+            assert self.free(folder)
+            folder.rmdir()
+        assert len(kept) == lines > 30
+        assert "another process" not in capsys.readouterr().out
+
+    def test_a_lock_that_its_holder_removed_is_no_lock(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Opened before the holder removed it and locked afterwards: its name may be another process's by then."""
+        path, opened = tmp_path / "run.lock", os.open
+
+        def slow(*arguments: Any) -> int:
+            descriptor = opened(*arguments)
+            path.unlink()
+            return descriptor
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", slow)
+            assert disk.claim(path) is None
+        hold = disk.claim(path)
+        assert hold is not None
+        assert disk.claim(path) is None
+        hold.release()
+
+    def test_a_forked_child_does_not_keep_it(self, tmp_path: Path) -> None:
+        with disk.only_one(tmp_path / "run"):
+            child = os.fork()
+            if child == 0:
+                signal.pause()
+        try:
+            assert self.free(tmp_path / "run")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+class TestDrafts:
+    """Temporary files of writes outside a run's folder, such as those of `evaluate` and the ladder."""
+
+    def test_the_next_write_of_the_same_file_removes_a_dead_one(self, tmp_path: Path) -> None:
+        path = tmp_path / "a[1].json"
+        dead = tmp_path / "a[1].json.01234567.tmp"
+        others = [
+            tmp_path / name for name in ("a[1].json.0123456x.tmp", "b.json.01234567.tmp", "notes.tmp", "a[1].tmp")
+        ]
+        for file in (dead, *others):
+            file.touch()
+        checkpoint.write_json(path, {})
+        assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+    def test_but_not_one_that_is_being_written(self, tmp_path: Path) -> None:
+        alive = tmp_path / "a.json.01234567.tmp"
+        hold = disk.claim(alive)
+        checkpoint.write_json(tmp_path / "a.json", {})
+        with disk.only_one(tmp_path):
+            assert alive.exists()
+        hold.release()
+        with disk.only_one(tmp_path):
+            assert not alive.exists()

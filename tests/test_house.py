@@ -12,7 +12,7 @@ from frlkit import PROJECT
 KIT = PROJECT / "frlkit"
 #: Bottom up; a module imports only from floors below its own, or, within a wing, from its wing.
 FLOORS = [
-    {"values"},
+    {"values", "disk"},
     {"models", "checkpoint", "distributed", "theory"},
     {"kernels", "data", "images"},
     {"attacks", "fairness"},

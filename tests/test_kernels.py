@@ -503,6 +503,85 @@ def test_a_damaged_library_in_the_cache_is_built_again(fresh, model):
 
 
 @needs_native
+def test_the_cache_is_the_users_alone(fresh, model):
+    """Whatever the umask, and if an older folder was open to others."""
+    fresh.mkdir(mode=0o777)
+    fresh.chmod(0o777)
+    before = os.umask(0)
+    try:
+        assert kernels.available(model)
+    finally:
+        os.umask(before)
+    (library,) = fresh.glob("*.so")
+    assert fresh.stat().st_mode & 0o777 == 0o700
+    assert library.stat().st_mode & 0o077 == 0
+    assert build._is_whole(library)
+    for mode in (0o720, 0o702, 0o777):
+        library.chmod(mode)
+        assert not build._is_whole(library)
+    inode = library.stat().st_ino
+    library.rename(fresh / "kept")  # so that its number is not used again
+    shutil.copy2(fresh / "kept", library)
+    planted = library.stat().st_ino
+    build.build()
+    assert library.stat().st_ino not in (planted, inode)
+    assert build._is_whole(library)
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, who can give files away")
+@pytest.mark.parametrize("what", ["library", "folder"])
+def test_what_belongs_to_somebody_else_is_not_loaded(fresh, model, monkeypatch, what):
+    assert kernels.available(model)
+    (library,) = fresh.glob("*.so")
+    given = library if what == "library" else fresh
+    os.chown(given, 65534, 65534)
+    opened, right = [], build._open
+    monkeypatch.setattr(build, "_open", lambda path: opened.append((path, path.stat().st_uid)) or right(path))
+    build.build()
+    ((path, owner),) = opened
+    assert owner == os.geteuid()
+    assert (path == library) == (what == "library")  # written anew; or built for this process alone
+
+
+@needs_native
+@pytest.mark.parametrize("setting", ["", ".", "cache", "../cache"])
+def test_a_relative_cache_home_does_not_count(fresh, monkeypatch, tmp_path, setting):
+    monkeypatch.setenv("XDG_CACHE_HOME", setting)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert build._cache() == tmp_path / "home" / ".cache" / "frlkit"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
+@needs_native
+def test_flags_are_part_of_the_librarys_name(fresh, monkeypatch):
+    names = []
+    monkeypatch.setattr(build, "_compile", lambda command, folder, name: names.append((name, command)))
+    for flags in ("", " -g", " -g -fno-plt"):
+        monkeypatch.setenv("CXX", f"c++{flags}")
+        build.build()
+        build.build()
+        assert names[-1] == names[-2]
+        assert names[-1][1][: len(flags.split()) + 1] == ["c++", *flags.split()]
+    assert len({name for name, _ in names}) == 3
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-fassociative-math", "-ffinite-math-only"),
+        *("-ffp-contract=off", "-mno-fma", "-freciprocal-math", "-fno-signed-zeros"),
+    ],
+)
+@needs_native
+def test_flags_that_change_results_are_refused(fresh, model, monkeypatch, flag):
+    monkeypatch.setenv("CXX", f"c++ -g {flag}")
+    declines_once(model, f"{flag} in CXX would change results.*portable")
+    assert not fresh.exists()
+
+
+@needs_native
 def test_a_cache_that_cannot_be_written_is_done_without(fresh, model):
     fresh.write_text("a file where the folder should be")
     assert kernels.available(model)

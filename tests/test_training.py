@@ -402,7 +402,7 @@ class TestRun:
             assert torch.equal(ours, theirs)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
-    @pytest.mark.parametrize("name", ["run.lock", "record.jsonabc.tmp"])
+    @pytest.mark.parametrize("name", ["run.lock", "record.json.0123abcd.tmp"])
     def test_what_a_kill_after_the_end_leaves_is_swept_up(self, tiny: Dataset, tmp_path: Path, name: str) -> None:
         runs.run(RUNS["natural"], tiny, tmp_path)
         files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frlkit import KitError, checkpoint, evaluation, kernels, records
+from frlkit import KitError, checkpoint, disk, evaluation, kernels, records
 from frlkit.attacks import evaluating, logits, pgd
 from frlkit.data import Split
 from frlkit.evaluation import Attack
@@ -56,7 +56,7 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
         "rungs": names,
     }
     record = {**about, "labels": split.labels.tolist(), "fell": [-1] * len(split)}
-    if path.exists():
+    if disk.exists(path):
         record = records.read(path)
         checkpoint.refuse_other(path, {key: record.get(key) for key in about}, about)
     for start in range(0, len(split), CHUNK):

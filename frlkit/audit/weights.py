@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frlkit import KitError, checkpoint
+from frlkit import KitError, checkpoint, disk
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -54,6 +54,8 @@ def _content(path: Path) -> Any:
         return load_file(path)
     except FileNotFoundError:
         raise KitError(f"there is no file {path}: give the path of a file of weights") from None
+    except OSError as error:
+        raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged file can raise anything
         raise KitError(f"{path} is no whole file of safetensors ({error})") from None
 

@@ -30,28 +30,58 @@ SIGNATURES = {
 }
 
 
+# Flags of the compiler that would change results: no fused multiply-adds, or sums in another order.
+CHANGING = (
+    *("-Ofast", "-ffast-math", "-funsafe-math", "-fassociative-math", "-freciprocal-math", "-ffinite-math"),
+    *("-ffp-", "-fapprox-func", "-fno-signed-zeros", "-fno-honor", "-fsingle-precision", "-frounding-math"),
+    *("-fexcess-precision", "-mfpmath", "-mno-", "-mrecip", "-mdaz", "-mlow-precision", "-fdenormal-fp"),
+)
+
+
 def build() -> ctypes.CDLL:
-    """Compile where no library of this source, compiler and processor is cached, and load it."""
+    """Compile where no library of this source, compiler, flags and processor is cached, and load it.
+
+    Raises `RuntimeError`, `OSError` or `subprocess.SubprocessError` where that cannot be, or the flags in ``CXX`` would
+    change results.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() not in ("x86_64", "AMD64") or capability not in TARGETS:
         raise RuntimeError(f"it needs an x86-64 processor with AVX2, this is {platform.machine()} with {capability}")
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "")
     if not compiler:
         raise RuntimeError("there is no C++ compiler (c++ or g++) on the PATH")
+    if unwanted := [flag for flag in compiler if flag.startswith(CHANGING)]:
+        raise RuntimeError(f"{unwanted[0]} in CXX would change results: leave it out")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    flags = (*FLAGS, *TARGETS[capability])
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, flags)])).hexdigest()[:16]
-    name = f"lenet5-{key}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit"
-    if _is_whole(folder / name):
-        return _open(folder / name)
-    command = [*compiler, *flags, str(SOURCE)]
+    command = [*compiler, *FLAGS, *TARGETS[capability]]
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(os.fsencode, command)])).hexdigest()[:16]
+    command, name = [*command, str(SOURCE)], f"lenet5-{key}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _compile(command, folder, name)
-    except OSError:  # no cache to write to: build for this process alone; once loaded, the file may go
+        folder = _cache()
+        return _open(folder / name) if _is_whole(folder / name) else _compile(command, folder, name)
+    except OSError:  # no cache of the user's own to write to: build for this process alone; once loaded, it may go
         with tempfile.TemporaryDirectory(prefix="frlkit-") as private:
             return _compile(command, Path(private), name)
+
+
+def _cache() -> Path:
+    """The kit's folder in the user's cache, which nobody else can enter; raises `OSError` where it is not the user's.
+
+    Whoever can write there runs code here. A relative ``XDG_CACHE_HOME`` does not count, as its specification says.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (root if root.is_absolute() else Path.home() / ".cache") / "frlkit"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if not _is_ours(status):
+        raise PermissionError(f"{folder} belongs to somebody else")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
 def _compile(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
@@ -64,15 +94,22 @@ def _compile(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
             raise RuntimeError(f"{command[0]} failed: {reason}")
         content = draft.read_bytes()
         draft.write_bytes(content + hashlib.sha256(content).digest())
+        draft.chmod(0o700)
         os.replace(draft, folder / name)
     return _open(folder / name)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file ends in its own SHA-256: loading a library cut short would kill the process, not raise."""
+    """Whether the file is the user's, nobody else can write it, and it ends in its own SHA-256.
+
+    Loading a library cut short would kill the process, not raise.
+    """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            status, content = os.fstat(file.fileno()), file.read()
     except OSError:
+        return False
+    if not _is_ours(status) or status.st_mode & 0o022:
         return False
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 

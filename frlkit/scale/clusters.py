@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, data, recipes, runs
+from frlkit import KitError, checkpoint, data, disk, recipes, runs
 from frlkit.recipes import Config
 from frlkit.scale.sweeps import Engine, Run
 
@@ -95,14 +95,10 @@ _held: list[Any] = []  # the lock of this process's share
 @functools.cache
 def _gpu(shares: int, slots: str) -> str:
     """The GPU of this process: it takes a free share and holds it until it ends, however it ends."""
-    from filelock import FileLock, Timeout
-
     while True:
         for share in range(shares):
-            lock = FileLock(Path(slots) / f"share{share}.lock")
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=0)
-                _held.append(lock)
+            if hold := disk.claim(Path(slots) / f"share{share}.lock"):
+                _held.append(hold)
                 return f"cuda:{share % torch.cuda.device_count()}"
         time.sleep(0.1)
 
@@ -131,7 +127,7 @@ def cluster(backend: str, address: str, device: str = "auto", shares: int = 1) -
             start = {name: (run.start.folder / name).read_bytes() for name in runs.FILES} if run.start else {}
             files, error = carry_out(run.recipe, run.config, start, device)
             if not error:
-                with checkpoint.only_one(run.folder):
+                with disk.only_one(run.folder):
                     for name in runs.FILES:
                         checkpoint.write_atomically(run.folder / name, files[name])
                     checkpoint.remove(run.folder / "checkpoint.pt")
