@@ -2,7 +2,7 @@
 
 To add a data set, write its reader and name it in `READERS`; anyone's own images need none: ``folder:PATH``. No
 normalisation, no worker processes; augmentation is the training's (`augmented`). The validation split is drawn from the
-training set here, before any training, so no model has seen it.
+training set here, before any training, so no model has seen it; frames of one sign (GTSRB) stay on one side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ FASHION_CLASSES = (
     "Ankle boot",
 )
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# GTSRB numbers its 43 classes; these are the usual names of the signs, as short as a figure's axis wants them.
+SIGNS = (
+    "Speed limit 20", "Speed limit 30", "Speed limit 50", "Speed limit 60", "Speed limit 70", "Speed limit 80",
+    "End of speed limit 80", "Speed limit 100", "Speed limit 120", "No passing", "No passing over 3.5 t",
+    "Right of way at next crossing", "Priority road", "Yield", "Stop", "No vehicles", "No vehicles over 3.5 t",
+    "No entry", "General caution", "Dangerous curve left", "Dangerous curve right", "Double curve", "Bumpy road",
+    "Slippery road", "Road narrows on the right", "Road work", "Traffic signals", "Pedestrians", "Children crossing",
+    "Bicycles crossing", "Ice or snow", "Wild animals crossing", "End of all limits", "Turn right ahead",
+    "Turn left ahead", "Ahead only", "Go straight or right", "Go straight or left", "Keep right", "Keep left",
+    "Roundabout", "End of no passing", "End of no passing over 3.5 t",
+)  # fmt: skip
 PARTS = ("train", "test")  # of a folder of images
 
 
@@ -50,10 +62,16 @@ class DataUnavailableError(KitError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, channels, height, width) as uint8 and labels (N,) as int64, both on one device."""
+    """Images (N, channels, height, width) as uint8 and labels (N,) as int64, both on one device.
+
+    `groups` (N,) numbers the images that belong together, such as the frames of one track, where there are such;
+    `classes` is the data set's number of classes, so that nobody has to guess it from the largest label.
+    """
 
     images: Tensor
     labels: Tensor
+    groups: Tensor | None = None
+    classes: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +79,16 @@ class Split:
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images as floats in [0, 1], and labels, of the given samples."""
         return self.images[index].float().div_(255), self.labels[index]
+
+    def take(self, index: Tensor) -> Split:
+        """The samples of an index or a mask (N,), in its order."""
+        groups = None if self.groups is None else self.groups[index]
+        return Split(self.images[index], self.labels[index], groups, self.classes)
+
+    def to(self, device: str | torch.device, classes: int) -> Split:
+        """This split on a device, as one of a data set of so many classes."""
+        groups = None if self.groups is None else self.groups.to(device)
+        return Split(self.images.to(device), self.labels.to(device), groups, classes)
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,27 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The three splits by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @cached_property
+    def class_counts(self) -> dict[str, list[int]]:
+        """Number of images of each class, in label order, of each split by name."""
+        classes = len(self.class_names)
+        return {name: split.labels.bincount(minlength=classes).tolist() for name, split in self.splits.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over class names, images and labels of the three splits, the same on every device."""
+        total = hashlib.sha256(repr(self.class_names).encode())
+        for name, split in self.splits.items():
+            total.update(f"{name}{tuple(split.images.shape)}".encode())
+            for tensor in (split.images, split.labels):
+                total.update(tensor.cpu().contiguous().numpy().data)
+        return total.hexdigest()
 
 
 def root() -> Path:
@@ -99,7 +148,8 @@ def load(name: str, *, device: str | torch.device = "cpu", validation: float = 0
     ----------
     name : one of `READERS`, or ``folder:PATH`` with ``train/<class>/*`` and ``test/<class>/*`` there (see `_folder`)
     device : where the tensors live
-    validation : share of the training images set aside, stratified by class, before any training
+    validation : share of each class's training images set aside before any training, at least one (`stratified_split`);
+        of GTSRB, share of each class's tracks
     split_seed : the seed of that draw, independent of any run's seed
 
     Raises
@@ -107,16 +157,28 @@ def load(name: str, *, device: str | torch.device = "cpu", validation: float = 0
     DataUnavailableError
         Not on disk and no download: says which folder was searched.
     KitError
-        Unknown name, or files that are damaged.
+        Unknown name, files that are damaged, or a class without an image in one of the three splits.
     """
     check_name(name)
     if not 0 < validation < 1:
         raise KitError(f"validation = {validation!r}: use a share of the training images between 0 and 1, such as 0.1")
     class_names, train, test = _folder(name.removeprefix(FOLDER)) if name.startswith(FOLDER) else READERS[name]()
-    keep, held = stratified_split(train.labels, validation, split_seed)
-    splits = (Split(train.images[keep], train.labels[keep]), Split(train.images[held], train.labels[held]), test)
-    on_device = [Split(split.images.to(device), split.labels.to(device)) for split in splits]
-    return Dataset(name, class_names, *on_device)
+    _every_class(class_names, test, "test", 1)
+    _every_class(class_names, train, "training", 2)  # one to train, one to validate
+    draw = _digits_split if name == "digits" else stratified_split
+    keep, held = draw(train.labels, validation, split_seed, train.groups)
+    splits = [split.to(device, len(class_names)) for split in (train.take(keep), train.take(held), test)]
+    return Dataset(name, class_names, *splits)
+
+
+def _every_class(class_names: Sequence[str], split: Split, part: str, least: int) -> None:
+    """Refuse a split with fewer than `least` images of a class."""
+    for name, count in zip(class_names, split.labels.bincount(minlength=len(class_names)).tolist(), strict=True):
+        if count < least:
+            raise KitError(
+                f"class {name!r} has {count} {part} image{'' if count == 1 else 's'}, and needs {least} or more: "
+                "add images to it, or leave the class out of the data set"
+            )
 
 
 def check_name(name: str) -> None:
@@ -152,16 +214,26 @@ def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sorted indices of the larger and of the smaller part; the smaller holds `share` of every class."""
-    from sklearn.model_selection import train_test_split  # slow to import
+def stratified_split(labels: Tensor, share: float, seed: int, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sorted indices of the larger and of the smaller part of labels (N,), drawn class by class.
 
-    try:
-        parts = train_test_split(np.arange(len(labels)), test_size=share, random_state=seed, stratify=labels.numpy())
-    except ValueError as error:
-        raise KitError(f"cannot set aside a share of {share} of each class in {len(labels)} images: {error}") from None
-    keep, held = (torch.from_numpy(np.sort(part)) for part in parts)
-    return keep, held
+    The smaller gets max(1, round(share · n)) of a class's n images, but never all of them. With `groups` (N,) whole
+    groups are drawn, and n counts the class's groups. Raises `KitError` where a class has one image, or group, alone.
+    """
+    draw = np.random.RandomState(seed)  # numpy keeps its stream for ever
+    units = (torch.arange(len(labels)) if groups is None else groups).numpy()
+    held = []
+    for label in np.unique(labels.numpy()):
+        members = np.flatnonzero(labels.numpy() == label)
+        choice = draw.permutation(np.unique(units[members]))
+        if len(choice) < 2:
+            what = "image" if groups is None else "group of images"
+            raise KitError(f"class {label} has one {what} alone: it cannot be in both parts; add images")
+        chosen = choice[-min(max(1, round(share * len(choice))), len(choice) - 1) :]
+        held.append(members[np.isin(units[members], chosen)])
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[torch.from_numpy(np.concatenate(held))] = True
+    return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
 
 
 def _fashion_mnist() -> tuple[tuple[str, ...], Split, Split]:
@@ -203,9 +275,21 @@ def _digits() -> tuple[tuple[str, ...], Split, Split]:
     scans = load_digits()
     pixels = torch.from_numpy(np.round(scans.images * (255 / 16)).astype(np.uint8))  # 17 grey levels, 0 to 16
     images, labels = resize(pixels), torch.from_numpy(scans.target).long()
-    train, test = stratified_split(labels, 0.2, seed=0)
+    train, test = _digits_split(labels, 0.2, seed=0)
     names = tuple(str(name) for name in scans.target_names)
     return names, Split(images[train], labels[train]), Split(images[test], labels[test])
+
+
+def _digits_split(labels: Tensor, share: float, seed: int, groups: None = None) -> tuple[Tensor, Tensor]:
+    """The digits' splits as they always were: scikit-learn's rounding of a class's share is another."""
+    from sklearn.model_selection import train_test_split  # slow to import
+
+    try:
+        parts = train_test_split(np.arange(len(labels)), test_size=share, random_state=seed, stratify=labels.numpy())
+    except ValueError as error:
+        raise KitError(f"cannot set aside a share of {share} of each class in {len(labels)} images: {error}") from None
+    keep, held = (torch.from_numpy(np.sort(part)) for part in parts)
+    return keep, held
 
 
 def _torchvision(name: str, splits: Sequence[dict[str, Any]], read: Callable[[Any], Split]) -> tuple[Split, Split]:
@@ -250,16 +334,25 @@ def _svhn() -> tuple[tuple[str, ...], Split, Split]:
 
 
 def _gtsrb() -> tuple[tuple[str, ...], Split, Split]:
-    """GTSRB: 26,640 + 12,630 traffic signs of 43 classes, unbalanced, of any size, resized to 32x32."""
+    """GTSRB: 12,630 test images of traffic signs of 43 classes, unbalanced, of any size, resized to 32x32.
+
+    To train, the 26,640 that torchvision downloads, or all 39,209 in the same folders: tracks of about 30 frames of one
+    sign, which are the training split's groups.
+    """
 
     def read(part: Any) -> Split:
         files, labels = zip(*part._samples, strict=True)  # torchvision keeps no tensor of them
         if len(set(labels)) != 43:
             raise ValueError(f"{len(set(labels))} of 43 classes have images")
-        return Split(_cached_files([Path(file) for file in files]), torch.tensor(labels))
+        return Split(_cached_files([Path(file) for file in files]), torch.tensor(labels), _tracks(files, labels))
 
-    classes = tuple(str(number) for number in range(43))
-    return classes, *_torchvision("GTSRB", ({"split": "train"}, {"split": "test"}), read)
+    train, test = _torchvision("GTSRB", ({"split": "train"}, {"split": "test"}), read)
+    return SIGNS, train, Split(test.images, test.labels)  # a test file's name is a number, not a track's
+
+
+def _tracks(files: Sequence[str], labels: Sequence[int]) -> Tensor:
+    """The track (N,) of each training image, which is named TTTTT_FFFFF.ppm: track, frame; every class counts anew."""
+    return torch.tensor([label * 100_000 + int(Path(f).name[:5]) for f, label in zip(files, labels, strict=True)])
 
 
 def _gtsrb17() -> tuple[tuple[str, ...], Split, Split]:
@@ -268,11 +361,8 @@ def _gtsrb17() -> tuple[tuple[str, ...], Split, Split]:
     kept = torch.bincount(train.labels, minlength=len(names)).argsort(descending=True, stable=True)[:17]
     number = torch.full((len(names),), -1)
     number[kept] = torch.arange(len(kept))
-    parts = []
-    for split in (train, test):
-        chosen = number[split.labels] >= 0
-        parts.append(Split(split.images[chosen], number[split.labels[chosen]]))
-    return tuple(names[index] for index in kept), *parts
+    parts = [split.take(number[split.labels] >= 0) for split in (train, test)]
+    return tuple(names[index] for index in kept), *(replace(part, labels=number[part.labels]) for part in parts)
 
 
 def _folder(place: str) -> tuple[tuple[str, ...], Split, Split]:

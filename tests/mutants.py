@@ -139,7 +139,7 @@ MUTANTS = [
     Mutant("images up to 255/256", "data.py", ".float().div_(255)", ".float().div_(256)", "test_data.py"),
     Mutant(
         "training on validation images",
-        *("data.py", "Split(train.images[keep], train.labels[keep])", "train", "test_data.py"),
+        *("data.py", "train.take(keep)", "train", "test_data.py"),
     ),
     Mutant("True is a number", "notebook.py", "and not isinstance(value, bool)", "", "test_notebook.py"),
 ]

@@ -108,17 +108,19 @@ class TestSvhn:
 
 class TestGtsrb:
     COUNTS = (*range(10, 40), *range(9, -4, -1))  # of training images: 30 classes with 10 to 39, the rest with fewer
+    FRAMES = 2  # of a track
 
     @pytest.fixture
     def signs(self, root: Path) -> Path:
         base = root / "gtsrb"
-        counts = [max(count, 2) for count in self.COUNTS]
+        counts = [max(count, 3) for count in self.COUNTS]
         for label, count in enumerate(counts):
             folder = base / "GTSRB" / "Training" / f"{label:05}"
             folder.mkdir(parents=True)
             for number in range(count):
                 colour = (6 * label % 256, number, 100)
-                Image.new("RGB", (20 + number % 3, 25), colour).save(folder / f"00000_{number:05}.ppm")
+                track, frame = divmod(number, self.FRAMES)
+                Image.new("RGB", (20 + number % 3, 25), colour).save(folder / f"{track:05}_{frame:05}.ppm")
         test = base / "GTSRB" / "Final_Test" / "Images"
         test.mkdir(parents=True)
         with (base / "GT-final_test.csv").open("w", newline="") as file:
@@ -131,18 +133,39 @@ class TestGtsrb:
 
     def test_all_classes(self, signs: Path) -> None:
         found = data.load("gtsrb", validation=0.3)
-        assert len(found.class_names) == 43
+        assert len(set(found.class_names)) == 43
+        assert [found.class_names[label] for label in (0, 14, 17, 42)] == [
+            *("Speed limit 20", "Stop", "No entry", "End of no passing over 3.5 t")
+        ]
         assert found.test.images.shape == (43, 3, 32, 32)
         assert found.test.images[:, 0, 0, 0].tolist() == [6 * label % 256 for label in found.test.labels.tolist()]
         assert all(6 * y % 256 == x for x, y in zip(found.train.images[:, 0, 5, 5], found.train.labels, strict=True))
 
     def test_the_17_classes_with_the_most_training_images(self, signs: Path) -> None:
         found = data.load("gtsrb17")
-        assert found.class_names == tuple(str(label) for label in range(29, 12, -1))
+        assert found.class_names == tuple(data.SIGNS[label] for label in range(29, 12, -1))
         assert found.test.labels.tolist() == sorted(range(17), reverse=True)
         for split in (found.train, found.validation, found.test):
             labels = [29 - label for label in split.labels.tolist()]
             assert split.images[:, 0, 9, 9].tolist() == [6 * label % 256 for label in labels]
+
+    @pytest.mark.parametrize("name", ["gtsrb", "gtsrb17"])
+    @pytest.mark.parametrize("share", [0.1, 0.5])
+    def test_a_track_is_on_one_side_and_every_class_has_one(self, signs: Path, name: str, share: float) -> None:
+        found = data.load(name, validation=share)
+        tracks = []
+        for split in (found.train, found.validation):  # green counts a class's frames, so half of it counts tracks
+            pairs = zip(split.labels.tolist(), split.images[:, 1, 0, 0].tolist(), strict=True)
+            tracks.append({(label, green // self.FRAMES) for label, green in pairs})
+        assert not tracks[0] & tracks[1]
+        for label in range(len(found.class_names)):
+            kept, held = (sum(1 for track in side if track[0] == label) for side in tracks)
+            assert held == min(max(1, round(share * (kept + held))), kept + held - 1)
+
+    def test_a_class_of_one_track_is_refused(self, signs: Path) -> None:
+        (signs / "GTSRB" / "Training" / "00042" / "00001_00000.ppm").unlink()
+        with pytest.raises(KitError, match="class 42 has one group of images alone"):
+            data.load("gtsrb")
 
     def test_half_unpacked(self, signs: Path) -> None:
         shutil.rmtree(signs / "GTSRB" / "Training" / "00042")

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import urllib.error
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torchvision.transforms import Resize
 
 from frlkit import PROJECT, KitError, data
-from frlkit.data import Dataset
+from frlkit.data import Dataset, Split
 
 
 @pytest.fixture
@@ -263,8 +269,96 @@ class TestStratifiedSplit:
         assert int(held.max()) > 400
 
     def test_too_few_images_is_one_sentence(self) -> None:
-        with pytest.raises(KitError, match="share of 0.1"):
-            data.stratified_split(torch.arange(10), 0.1, seed=0)
+        with pytest.raises(KitError, match="class 1 has one image alone"):
+            data.stratified_split(torch.tensor([0, 0, 0, 1]), 0.1, seed=0)
+
+    def test_balanced_labels_are_drawn_as_scikit_learn_draws_them(self) -> None:
+        """The shipped runs were made with its split."""
+        _, expected = train_test_split(np.arange(500), test_size=0.1, random_state=7, stratify=self.labels.numpy())
+        assert data.stratified_split(self.labels, 0.1, seed=7)[1].tolist() == sorted(expected)
+
+    @given(
+        st.lists(st.lists(st.integers(1, 5), min_size=2, max_size=8), min_size=1, max_size=6),
+        st.floats(0.01, 0.99),
+        st.integers(0, 2**32 - 1),
+        st.booleans(),
+    )
+    def test_any_classes(self, tracks: list[list[int]], share: float, seed: int, grouped: bool) -> None:
+        """Classes of tracks of so many frames, in any order: every image on one side, every class on both."""
+        rows = [(c, 100 * c + t) for c, sizes in enumerate(tracks) for t, size in enumerate(sizes) for _ in range(size)]
+        np.random.default_rng(seed).shuffle(rows)
+        labels, groups = torch.tensor(rows).T
+        keep, held = data.stratified_split(labels, share, seed, groups if grouped else None)
+        assert sorted([*keep.tolist(), *held.tolist()]) == list(range(len(rows)))
+        assert keep.tolist() == sorted(keep.tolist())
+        for label, sizes in enumerate(tracks):
+            units = len(sizes) if grouped else sum(sizes)
+            chosen = groups[held][labels[held] == label]
+            found = len(set(chosen.tolist())) if grouped else len(chosen)
+            assert found == min(max(1, round(share * units)), units - 1)
+        if grouped:
+            assert not set(groups[keep].tolist()) & set(groups[held].tolist())
+
+
+class TestEveryClass:
+    """A class without an image in a split is refused when the data are loaded."""
+
+    @pytest.fixture
+    def reader(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int], list[int]], Dataset]:
+        def load(train: list[int], test: list[int]) -> Dataset:
+            splits = []
+            for counts in (train, test):
+                labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+                splits.append(Split(torch.zeros(len(labels), 1, 32, 32, dtype=torch.uint8), labels))
+            names = ("ant", "bee", "cat")[: len(train)]
+            monkeypatch.setitem(data.READERS, "svhn", lambda: (names, *splits))
+            return data.load("svhn")
+
+        return load
+
+    @pytest.mark.parametrize("counts", [[23, 3], [60, 60, 3], [43, 2, 4], [5, 5, 5]])
+    def test_small_classes_are_in_all_three(self, reader: Any, counts: list[int]) -> None:
+        found = reader(counts, [1] * len(counts))
+        expected = [max(1, round(0.1 * count)) for count in counts]
+        assert found.class_counts["validation"] == expected
+        assert found.class_counts["train"] == [a - b for a, b in zip(counts, expected, strict=True)]
+        assert {split.classes for split in found.splits.values()} == {len(counts)}
+
+    @pytest.mark.parametrize(
+        ("train", "test", "message"),
+        [
+            ([5, 1, 5], [1, 1, 1], "class 'bee' has 1 training image, and needs 2 or more: add images"),
+            ([5, 5, 0], [1, 1, 1], "class 'cat' has 0 training images"),
+            ([5, 5, 5], [1, 1, 0], "class 'cat' has 0 test images, and needs 1 or more"),
+        ],
+    )
+    def test_none_is_refused(self, reader: Any, train: list[int], test: list[int], message: str) -> None:
+        with pytest.raises(KitError, match=message):
+            reader(train, test)
+
+
+class TestFingerprint:
+    def test_anything_that_differs(self, tiny: Dataset) -> None:
+        def changed(name: str, index: int, **what: Any) -> Dataset:
+            split = getattr(tiny, name)
+            images, labels = split.images.clone(), split.labels.clone()
+            images[index, 0, 3, 4] ^= what.get("image", 0)
+            labels[index] = (labels[index] + what.get("label", 0)) % 10
+            return replace(tiny, **{name: replace(split, images=images, labels=labels)})
+
+        others = [changed(name, -1, **what) for name in tiny.splits for what in ({"image": 1}, {"label": 1})]
+        others += [replace(tiny, class_names=tiny.class_names[::-1])]
+        others += [replace(tiny, train=tiny.train.take(torch.arange(len(tiny.train)).flip(0)))]
+        prints = [found.fingerprint for found in (tiny, *others)]
+        assert len(set(prints)) == len(prints)
+        assert changed("test", 0).fingerprint == tiny.fingerprint
+        assert replace(tiny, name="other").fingerprint == tiny.fingerprint  # a name differs from machine to machine
+
+    def test_the_shipped_runs_images(self, digits: Dataset) -> None:
+        assert digits.fingerprint == "7c4b5e9413d7642256df9d84d6890c4fa9c88db3f5b1a7fa2b0f25192df356d0"
+
+    def test_the_shipped_runs_images_fashion(self, fashion_mnist: Dataset) -> None:
+        assert fashion_mnist.fingerprint == "41ea3b853c620ff8f21ff2e451269ca1319785b7973d929108cd76a6d86bd88a"
 
 
 class TestNames:
