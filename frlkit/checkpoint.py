@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def digest(state: Any) -> str:
     return total.hexdigest()
 
 
-def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes], *, keep: Path | None = None) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes.
 
     Raises `WriteError` where the disk is full, read-only or gone.
@@ -71,7 +71,8 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            for block in [content] if isinstance(content, bytes) else content:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files private
