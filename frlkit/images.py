@@ -103,7 +103,9 @@ def _make(items: Sequence[Item], size: int | None, channels: int | None, upright
     channels = channels or (1 if survey.grey else 3)
     size = size or min(LARGEST, min(map(min, survey.sides)))
     spans = {number: _range(number, min(ends), max(ends)) for number, ends in survey.ends.items()}
-    notes = [f"{count} images are {what}" for what, count in survey.remarks.items() if count]
+    notes = [
+        f"{count} image{'s are' if count > 1 else ' is'} {what}" for what, count in survey.remarks.items() if count
+    ]
     notes += [f"values from {low:g} to {high:g} become 0 to 255" for low, high in spans.values()]
     if channels == 1 and not survey.grey:
         notes.append("colour images become grey")

@@ -112,19 +112,19 @@ def printable(name: str) -> bool:
 
 def _folders(place: Path) -> Source:
     """``train/<class>/*`` and so on; the classes are the folders' names, sorted."""
-    skipped: Counter[tuple[str, str]] = Counter()
+    skipped: Counter[tuple[str, Path]] = Counter()
     parts: dict[str, dict[str, list[Item]]] = {}
     folders, others = _entries(place, skipped)
     for folder in folders:
         if (part := PART_OF.get(folder.name.lower())) is None:
-            skipped["folder", folder.name] += 1
+            skipped["folders", place] += 1
             continue
         if part in parts:
             raise KitError(f"{place} has two folders of images to {part}, one of them {folder.name}: keep one")
         classes, loose = _entries(folder, skipped)
         others += loose
         parts[part] = {one.name: [Item(str(f), f.read_bytes) for f in _images(one, skipped)] for one in classes}
-    skipped.update((_kind(file), str(file.parent.relative_to(place))) for file in others)
+    skipped.update((_kind(file), file.parent) for file in others)
     for part, classes in parts.items():
         _same_classes(place, part, sorted(classes), sorted(parts.get("train", classes)))
         if empty := [name for name, items in classes.items() if not items]:
@@ -134,34 +134,35 @@ def _folders(place: Path) -> Source:
     for part, classes in parts.items():
         pairs = [(item, label) for label, name in enumerate(names) for item in classes[name]]
         source.parts[part] = Part([item for item, _ in pairs], torch.tensor([label for _, label in pairs]))
-    if skipped:
-        kinds = Counter(kind for kind, _ in skipped.elements())
-        said = [f"{count} {kind} ({listed({w for k, w in skipped if k == kind}, 3)})" for kind, count in kinds.items()]
+    said = []
+    for kind, count in Counter(kind for kind, _ in skipped.elements()).items():
+        where = sorted(str(folder.relative_to(place)) for what, folder in skipped if what == kind)
+        said.append(f"{kind}: {count} (in {listed(where, 3)})")
+    if said:
         source.notes.append(f"skipped {'; '.join(said)}")
     return source
 
 
-def _entries(folder: Path, skipped: Counter[tuple[str, str]]) -> tuple[list[Path], list[Path]]:
+def _entries(folder: Path, skipped: Counter[tuple[str, Path]]) -> tuple[list[Path], list[Path]]:
     """A folder's folders and files, sorted, without those that are hidden or that systems leave behind."""
     found: tuple[list[Path], list[Path]] = ([], [])
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM:
-                skipped["hidden or system", folder.name] += 1
+                skipped["hidden or system files", folder] += 1
             else:
                 found[not entry.is_dir()].append(folder / entry.name)
     return found
 
 
-def _images(folder: Path, skipped: Counter[tuple[str, str]], above: tuple[Path, ...] = ()) -> list[Path]:
+def _images(folder: Path, skipped: Counter[tuple[str, Path]], above: tuple[Path, ...] = ()) -> list[Path]:
     """All image files under a class's folder."""
     folders, files = _entries(folder, skipped)
     found = [file for file in files if file.suffix.lower() in _suffixes()]
-    where = "/".join(folder.parts[-2 - len(above) :])
-    skipped.update((_kind(file), where) for file in files if file.suffix.lower() not in _suffixes())
+    skipped.update((_kind(file), folder) for file in files if file.suffix.lower() not in _suffixes())
     for inner in folders:
         if (real := inner.resolve()) in (folder.resolve(), *above):
-            skipped["link to a folder above", where] += 1
+            skipped["links to a folder above", folder] += 1
         else:
             found += _images(inner, skipped, (*above, real))
     return found
@@ -177,7 +178,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def _kind(file: Path) -> str:
-    return f"{file.suffix.lower()} file" if file.suffix else "file without extension"
+    return f"{file.suffix.lower()} files" if file.suffix else "files without extension"
 
 
 def _same_classes(place: Path, part: str, classes: list[str], expected: list[str]) -> None:
