@@ -18,7 +18,7 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def nonfinite(state: Mapping[str, Any]) -> str:
     return ""
 
 
-def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes], *, keep: Path | None = None) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes.
 
     Temporary files of this name that a kill left behind go first. Raises `WriteError` where the disk is full, read-only
@@ -79,7 +79,8 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
         disk.sweep_up(path.parent, path.name)
         with open(draft, "xb") as file:
             disk.lock(file.fileno())  # nobody takes it for a dead process's
-            file.write(content)
+            for block in [content] if isinstance(content, bytes) else content:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
             if os.name == "nt":  # which renames no open file

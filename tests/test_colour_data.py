@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import RandomCrop
 
-from frlkit import KitError, data, recipes, runs
+from frlkit import KitError, data, datasets
 
 GENERATOR = np.random.default_rng(0)
 
@@ -58,7 +58,7 @@ class TestCifar10:
             images[name] = pixels(20)
             content = {"data": images[name].transpose(0, 3, 1, 2).reshape(20, -1), "labels": labels}
             (base / name).write_bytes(pickle.dumps(content))
-        (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list(data.CIFAR_CLASSES)}))
+        (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list(datasets.CIFAR_CLASSES)}))
         for attribute in ("train_list", "test_list"):
             files = [[name, md5(base / name)] for name, _ in getattr(kind, attribute)]
             monkeypatch.setattr(kind, attribute, files)
@@ -143,7 +143,7 @@ class TestGtsrb:
 
     def test_the_17_classes_with_the_most_training_images(self, signs: Path) -> None:
         found = data.load("gtsrb17")
-        assert found.class_names == tuple(data.SIGNS[label] for label in range(29, 12, -1))
+        assert found.class_names == tuple(datasets.SIGNS[label] for label in range(29, 12, -1))
         assert found.test.labels.tolist() == sorted(range(17), reverse=True)
         for split in (found.train, found.validation, found.test):
             labels = [29 - label for label in split.labels.tolist()]
@@ -171,73 +171,6 @@ class TestGtsrb:
         shutil.rmtree(signs / "GTSRB" / "Training" / "00042")
         with pytest.raises(KitError, match="GTSRB in .* is damaged .42 of 43 classes have images"):
             data.load("gtsrb")
-
-
-class TestFolder:
-    @pytest.fixture
-    def photos(self, root: Path) -> Path:
-        """Three classes, unbalanced, of several kinds and sizes, one with transparency and one grey."""
-        for part, counts in (("train", (30, 20, 10)), ("test", (4, 3, 2))):
-            for name, count in zip(("ant", "bee", "cat"), counts, strict=True):
-                folder = root / "photos" / part / name
-                folder.mkdir(parents=True)
-                for number in range(count):
-                    image = Image.fromarray(pixels(1, side=40)[0])
-                    kind = ("png", "jpg", "bmp")[number % 3]
-                    mode = "L" if number == 1 else "RGBA" if number == 3 else "RGB"
-                    image.convert(mode).save(folder / f"{number:02}.{kind}")
-        (root / "photos" / "train" / "ant" / "notes.txt").write_text("no image")
-        return root / "photos"
-
-    def test_counts_names_and_pixels(self, photos: Path) -> None:
-        found = data.load("folder:photos")
-        assert found.class_names == ("ant", "bee", "cat")
-        assert found.train.labels.bincount().tolist() == [27, 18, 9]
-        assert found.test.labels.bincount().tolist() == [4, 3, 2]
-        with Image.open(photos / "test" / "bee" / "00.png") as image:
-            expected = torchvision.transforms.Resize((32, 32))(image.convert("RGB"))
-        assert np.array_equal(found.test.images[4].permute(1, 2, 0).numpy(), np.asarray(expected))
-
-    def test_second_start_reads_no_image(self, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = data.load("folder:photos")
-        monkeypatch.setattr(data, "_read_image", None)
-        assert torch.equal(data.load("folder:photos").train.images, first.train.images)
-
-    def test_a_changed_file_is_read_again(self, photos: Path) -> None:
-        data.load("folder:photos")
-        Image.new("RGB", (50, 50), (1, 2, 3)).save(photos / "test" / "ant" / "00.png")
-        assert data.load("folder:photos").test.images[0, :, 0, 0].tolist() == [1, 2, 3]
-
-    def test_its_run_has_a_plain_folder_name(self, photos: Path) -> None:
-        config = recipes.configure("pgd_at", "folder:photos", 3)
-        assert runs.folder(Path("runs"), "pgd_at", config) == Path("runs/folder-photos/pgd_at/seed3")
-        assert config.model == "cnn3"
-
-    @pytest.mark.parametrize(
-        ("spoil", "message"),
-        [
-            (lambda folder: shutil.rmtree(folder), "there is no folder"),
-            (lambda folder: shutil.rmtree(folder / "test" / "bee"), "3 classes under train/ and 2 under test/"),
-            (lambda folder: shutil.rmtree(folder / "train"), "0 classes under train/"),
-            (lambda folder: (folder / "test" / "cat" / "01.jpg").write_bytes(b"junk"), "01.jpg cannot be read"),
-            (
-                lambda folder: [file.unlink() for file in (folder / "test" / "cat").iterdir()],
-                "test/cat has no image: use files that end in .bmp",
-            ),
-        ],
-        ids=["absent", "one class less", "no train", "damaged image", "empty class"],
-    )
-    def test_what_is_wrong_is_said(self, photos: Path, spoil: Any, message: str) -> None:
-        spoil(photos)
-        with pytest.raises(KitError, match=message):
-            data.load("folder:photos")
-
-    @pytest.mark.parametrize("name", ["folder:", "photos", "cifar100"])
-    def test_names(self, root: Path, name: str) -> None:
-        with pytest.raises(KitError, match=f"dataset = '{name}'"):
-            data.load(name)
-        with pytest.raises(KitError, match=f"dataset = '{name}'"):
-            recipes.configure("natural", name, 0)
 
 
 class TestAugmented:

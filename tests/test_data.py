@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import urllib.error
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -22,7 +21,8 @@ from sklearn.model_selection import train_test_split
 from torchvision.transforms import Resize
 
 from frlkit import PROJECT, KitError, data
-from frlkit.data import Dataset, Split
+from frlkit.data import Dataset
+from frlkit.sources import Source, of_arrays
 
 
 @pytest.fixture
@@ -140,72 +140,6 @@ class TestDamagedFiles:
         assert len(str(caught.value).splitlines()) == 1
 
 
-class TestCache:
-    @pytest.fixture
-    def pixels(self) -> torch.Tensor:
-        return torch.randint(0, 256, (5, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-
-    @pytest.fixture
-    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        return tmp_path / "frlkit"
-
-    def test_second_call_reads_what_the_first_kept(
-        self, cache: Path, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        first = data._cached_resize(pixels)
-        expected = [np.asarray(Resize(32)(Image.fromarray(image))) for image in pixels.numpy()]
-        assert np.array_equal(first[:, 0].numpy(), np.stack(expected))
-        assert [path.suffix for path in cache.iterdir()] == [".npy"]
-
-        def resize(pixels: torch.Tensor) -> torch.Tensor:
-            raise AssertionError("resized again")
-
-        monkeypatch.setattr(data, "resize", resize)
-        assert torch.equal(data._cached_resize(pixels), first)
-
-    def test_other_pixels_never_get_these(self, cache: Path, pixels: torch.Tensor) -> None:
-        first = data._cached_resize(pixels)
-        pixels[0, 14, 14] ^= 255
-        second = data._cached_resize(pixels)
-        assert not torch.equal(first, second)
-        assert torch.equal(second, data.resize(pixels))
-        assert len(list(cache.iterdir())) == 2
-
-    @pytest.mark.parametrize("damage", ["cut", "empty", "text", "wrong shape", "wrong type", "object"])
-    def test_a_damaged_file_is_made_again(self, cache: Path, pixels: torch.Tensor, damage: str) -> None:
-        first = data._cached_resize(pixels)
-        (path,) = cache.iterdir()
-        whole = path.read_bytes()
-        if damage in ("cut", "empty", "text"):
-            path.write_bytes({"cut": whole[:-100], "empty": b"", "text": b"no array at all"}[damage])
-        else:
-            arrays = {"wrong shape": first[:3].numpy(), "wrong type": first.float().numpy()}
-            np.save(path, arrays.get(damage, np.array([{}], dtype=object)), allow_pickle=True)
-        assert torch.equal(data._cached_resize(pixels), first)
-        assert path.read_bytes() == whole
-
-    def test_a_folder_that_cannot_be_written_costs_a_warning(
-        self, tmp_path: Path, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (tmp_path / "file").write_text("in the way")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        with pytest.warns(UserWarning, match="cannot be kept"):
-            images = data._cached_resize(pixels)
-        assert torch.equal(images, data.resize(pixels))
-
-    def test_a_write_that_fails_leaves_no_litter(
-        self, cache: Path, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fsync(_: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.warns(UserWarning, match="cannot be kept"):
-            data._cached_resize(pixels)
-        assert list(cache.iterdir()) == []
-
-
 class TestDigits:
     def test_counts_and_types(self, digits: Dataset) -> None:
         splits = (digits.train, digits.validation, digits.test)
@@ -309,9 +243,10 @@ class TestEveryClass:
             splits = []
             for counts in (train, test):
                 labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-                splits.append(Split(torch.zeros(len(labels), 1, 32, 32, dtype=torch.uint8), labels))
+                splits.append(of_arrays("x", np.zeros((len(labels), 32, 32), np.uint8), labels))
             names = ("ant", "bee", "cat")[: len(train)]
-            monkeypatch.setitem(data.READERS, "svhn", lambda: (names, *splits))
+            source = Source(names, dict(zip(("train", "test"), splits, strict=True)), form=(32, 1), keep=False)
+            monkeypatch.setitem(data.READERS, "svhn", lambda: source)
             return data.load("svhn")
 
         return load
@@ -363,8 +298,60 @@ class TestFingerprint:
 
 class TestNames:
     def test_unknown_data_set(self) -> None:
-        with pytest.raises(KitError, match=r"'mnist' is unknown: use one of fashion_mnist, digits"):
-            data.load("mnist")
+        with pytest.raises(KitError, match=r"'emnist' is unknown: use one of fashion_mnist, mnist, digits"):
+            data.load("emnist")
+
+    @pytest.mark.parametrize("name", ["folder:", "folder: ", "photos", "cifar100", "folder:a\nb", "folder:a\u202eb", 3])
+    def test_what_is_no_name(self, name: Any) -> None:
+        for check in (data.check_name, data.load):
+            with pytest.raises(KitError, match="dataset = ") as caught:
+                check(name)
+            assert len(str(caught.value).splitlines()) == 1
+
+    @pytest.mark.parametrize("name", ["folder:~no such user/x", "folder:" + "x" * 300, "folder:a/" * 2000])
+    def test_a_path_that_cannot_be(self, name: str) -> None:
+        with pytest.raises(KitError) as caught:
+            data.load(name)
+        assert len(str(caught.value).splitlines()) == 1
+
+    def test_a_data_folder_that_cannot_be(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FRLKIT_DATA", "~no such user/x")
+        with pytest.raises(KitError, match="FRLKIT_DATA = '~no such user/x' cannot be looked for"):
+            data.load("fashion_mnist")
+
+    @pytest.mark.parametrize("options", [{"size": 64}, {"channels": 1}, {"upright": True}])
+    def test_options_of_a_folder_are_not_for_others(self, options: dict[str, Any]) -> None:
+        with pytest.raises(KitError, match="are for folder:PATH: the images of digits are as they are"):
+            data.load("digits", **options)
+
+    @pytest.mark.parametrize(
+        "options", [{"size": 7}, {"size": 1025}, {"size": 32.0}, {"size": True}, {"channels": 2}, {"channels": "3"}]
+    )
+    def test_bad_options(self, options: dict[str, Any]) -> None:
+        with pytest.raises(KitError, match="use 8 to 1024 pixels and 1 or 3 channels, or None"):
+            data.load("folder:x", **options)
+
+
+class TestFolderName:
+    def test_plain_names_stay_readable(self) -> None:
+        assert data.folder_name("gtsrb17") == "gtsrb17"
+        assert data.folder_name("folder:my-photos_2.1") == "folder-my-photos_2.1"
+        assert (
+            data.folder_name("folder:\u05ea\u05de\u05d5\u05e0\u05d5\u05ea")
+            == "folder-\u05ea\u05de\u05d5\u05e0\u05d5\u05ea"
+        )
+
+    @given(st.lists(st.text("ab/-. $\"'<~\u05d0", min_size=1, max_size=8), min_size=2, max_size=6, unique=True))
+    @example(["a/b", "a-b", "a b", "a//b", "a$b"])
+    @example(["a/b", data.folder_name("folder:a/b").removeprefix("folder-")])
+    @example(["x" * 300, "x" * 299])
+    def test_different_names_have_different_folders(self, names: list[str]) -> None:
+        folders = [data.folder_name(f"folder:{name}") for name in names]
+        assert len(set(folders)) == len(names)
+        for folder in folders:
+            assert folder.startswith("folder-")
+            assert not set(folder) & set("/\\:$\"'<> ~")
+            assert len(folder.encode()) < 250
 
     @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan")])
     def test_bad_share(self, share: float) -> None:

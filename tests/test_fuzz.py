@@ -19,6 +19,7 @@ from frlkit import KitError, checkpoint, data, evaluation, models, notebook, rec
 from frlkit.__main__ import main
 from frlkit.audit.weights import load_weights
 from frlkit.data import Dataset
+from frlkit.sources import Source, of_arrays
 
 fuzz = settings(max_examples=150, derandomize=True, database=None, deadline=None)
 
@@ -159,7 +160,9 @@ class TestCommandLine:
 
         monkeypatch.setattr(training, "run", accepted)
         monkeypatch.setattr(evaluation, "evaluate", accepted)
-        monkeypatch.setitem(data.READERS, "digits", lambda: (tiny.class_names, tiny.train, tiny.test))
+        parts = {name: of_arrays(name, split.images[:, 0].numpy(), split.labels) for name, split in tiny.splits.items()}
+        few = Source(tiny.class_names, parts, form=(32, 1), keep=False)
+        monkeypatch.setitem(data.READERS, "digits", lambda: few)
         monkeypatch.setitem(data.READERS, "fashion_mnist", accepted)
         monkeypatch.setattr("frlkit.reproduce._execute", accepted)
         monkeypatch.chdir(tmp_path)

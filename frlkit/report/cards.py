@@ -13,29 +13,25 @@ from frlkit.evaluation import STANDARD
 from frlkit.recipes import RECIPES, title
 from frlkit.report import tables
 
-INTENDED = """Research on class-wise robustness: to recompute this kit's tables, to compare with other methods, to be attacked. Not for
-use: the worst class is wrong on a third to nine tenths of its images under attack, and none of these models knows an
-image that belongs to no class.
+HEAD = """# Model card
 
-Known failures: robust errors are lower bounds, from PGD-20; AutoAttack finds more (notebook 05). Classes that resemble
-one another (T-shirt/top, Pullover, Coat, Shirt) are confused with one another, and what a fair recipe gains on one of them
-another may pay. Other radii, norms and corruptions were not trained for."""
+Written by `frlkit report` from the records beside the weights. A run's folder, `DATASET/RECIPE/seedN`, has
+`weights.safetensors` (configuration in the header), `history.json`, `record.json` and, where kept, a bit an image and
+attack in `outcomes.npz`. `frlkit.runs.read_weights(PATH)` loads one, `frlkit verify` recomputes all. MIT licence.
+
+**Use.** Research on class-wise robustness: to recompute this kit's tables, to compare with other methods, to be
+attacked. Not to decide anything: under attack the worst class is wrong on half of its images or more, and none of these
+models knows an image that belongs to no class.
+
+**Known failures.** Robust errors are lower bounds, from PGD-20; AutoAttack finds more (notebook 05). Classes that
+resemble one another (T-shirt/top, Pullover, Coat, Shirt) are confused with one another: what a recipe gains on one of
+them another may pay. They were not trained for other radii, norms or corruptions.
+"""
 
 
 def card(project: Path = PROJECT) -> str:
     """The card as Markdown: what each model is, from which data, seeds and recipe, and its class-wise errors."""
-    lines = [
-        "# Model card",
-        "",
-        "Written by `frlkit report` from the records beside the weights. Each run's folder, `DATASET/RECIPE/seedN`, has",
-        "`weights.safetensors` (configuration in the header), `history.json`, `record.json` and, where kept, a bit an",
-        "image and attack in `outcomes.npz`. Load one with `frlkit.runs.read_weights(PATH)`; recompute all of them with",
-        "`frlkit verify`. MIT licence, as the kit.",
-        "",
-        "## Use and failures",
-        "",
-        INTENDED,
-    ]
+    lines = [HEAD.rstrip()]
     by_data: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for place in runs.finished(project / "checkpoints"):
         record = records.read(place / "record.json")
