@@ -155,8 +155,8 @@ class LinearRule:
         _need(width > 0, "gap", self.gap(), "a rule that errs more on class +1")
         middle = (minus + plus) / 2
         if width * (1 + abs(middle)) < 0.01:  # the integral of the density by the midpoint rule and its next term
-            correction = np.log1p((middle**2 - 1) * width**2 / 24)
-            return float(math.log(width) - middle**2 / 2 - math.log(2 * math.pi) / 2 + correction)
+            log_density = -(middle**2) / 2 + math.log1p((middle**2 - 1) * width**2 / 24)
+            return math.log(width / math.sqrt(2 * math.pi)) + log_density
         minus, plus = log_ndtr([minus, plus])
         return float(plus + np.log(-np.expm1(minus - plus)))
 
@@ -222,10 +222,11 @@ def effective_radius(rule: LinearRule, eps: float, phi_nat: Pair, phi_bdy: Pair 
     A_rob = Σ P(y)(1+φ_bdy)φ(z_rob)/σ_y and A_nat = Σ P(y)(φ_nat - φ_bdy)φ(z_nat)/σ_y, φ(z) the normal density. Natural
     multipliers shrink the radius, boundary multipliers stretch it; non-robust features are in use if and only if λ < η.
     """
+    _need(math.isfinite(rule.b), "b", rule.b, "a rule that is no constant answer")
     scale = np.array([1 - rule.task.prior, rule.task.prior]) / [1, rule.task.K]
     natural, robust = (scale * np.exp(-(rule.scores(e) ** 2) / 2) for e in (0.0, eps))
-    pull = float((1 + np.array(phi_bdy)) @ robust)
-    return eps * pull / (pull + float(np.subtract(phi_nat, phi_bdy) @ natural))
+    pull = np.add(1, phi_bdy) @ robust
+    return float(eps * pull / (pull + np.subtract(phi_nat, phi_bdy) @ natural))
 
 
 def corrected_bound(task: GaussianTask, eps: float) -> Pair:
@@ -239,8 +240,7 @@ def corrected_bound(task: GaussianTask, eps: float) -> Pair:
     _need(task.eta <= eps < task.gamma, "eps", eps, f"a radius from eta = {task.eta!r} to below gamma = {task.gamma!r}")
     (low, high), (kept_low, kept_high) = task.natural().scores(), replace(task, d=0).natural().scores()
     width, kept = high - low, kept_high - kept_low  # W(T), W(s)
-    dense = math.exp(min((high**2 - kept_high**2) / 2, 700.0))  # no more than a float can hold: still a lower bound
-    dense *= exprel(-math.log(task.K)) / exprel(high * width)
+    dense = math.exp(min((high**2 - kept_high**2) / 2, 700.0)) * exprel(-math.log(task.K)) / exprel(high * width)
     rise = min(task.robust(eps).scores()[1] - kept_high, -2 * kept_high)
     return float(kept / width * max(1.0, dense)), float(1 + rise / (kept * exprel(kept_high * kept)))
 
