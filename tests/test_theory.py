@@ -65,7 +65,7 @@ def test_brute_force_grid_in_two_dimensions(eps: float) -> None:
     best, rule = risks.argmin(), task.robust(eps)
     assert sum(rule.errors(eps)) / 2 == pytest.approx(risks.flat[best], abs=1e-5)
     assert sum(rule.errors(eps)) / 2 <= risks.min() + 1e-12
-    assert math.atan2(rule.w_nonrobust, rule.w_robust) == pytest.approx(angle.flat[best], abs=0.01)
+    assert math.atan2(rule.w[1], rule.w[0]) == pytest.approx(angle.flat[best], abs=0.01)
     assert rule.b == pytest.approx(b.flat[best], abs=0.02)
 
 
@@ -108,20 +108,20 @@ def test_tiny_errors_and_extreme_ratios_against_fifty_digits(m: int, K: float) -
         assert 0 < min(expected) < 1e-25
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.2, 0.7])
-def test_monte_carlo_agrees(eps: float) -> None:
-    rule = TASK.robust(eps)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(TASK.robust(eps) for eps in (0.0, 0.2, 0.7)),
+        theory.LinearRule(replace(TASK, m=1, d=2), np.array([1.0, -0.5, 0.0]), 0.3),
+    ],
+)
+def test_errors_are_what_counting_attacked_points_gives(rule: theory.LinearRule) -> None:
     for eps0 in (0.0, 0.3):
-        rates, errors = theory.monte_carlo(rule, eps0, 40_000, seed=1)
-        assert np.all(np.abs(np.subtract(rates, rule.errors(eps0))) < 4 * np.array(errors))
-        assert all(0 < error < 0.005 for error in errors)
-
-
-def test_monte_carlo_attacks_each_weight_by_its_sign_and_states_its_noise() -> None:
-    rule = theory.LinearRule(replace(TASK, m=1, d=2), np.array([1.0, -0.5, 0.0]), 0.3)
-    rates, errors = theory.monte_carlo(rule, 0.4, 40_000, seed=2)
-    assert np.all(np.abs(np.subtract(rates, rule.errors(0.4))) < 4 * np.array(errors))
-    assert errors == pytest.approx([math.sqrt(rate * (1 - rate) / 20_000) for rate in rates])
+        x, y = rule.task.sample(40_000, seed=1)
+        attacked = x - eps0 * y[:, None] * np.sign(rule.w)  # the strongest attack on a linear model
+        wrong = y * (attacked @ rule.w + rule.b) <= 0
+        for label, error in zip((-1, 1), rule.errors(eps0), strict=True):
+            assert wrong[y == label].mean() == pytest.approx(error, abs=4 * math.sqrt(error * (1 - error) / 20_000))
 
 
 def test_theorem_2_as_printed_with_its_roots_restored() -> None:
@@ -140,8 +140,8 @@ def test_lemmas_1_and_2_ratios_of_the_weights_and_the_intercept(eps: float) -> N
     S2 = m * gamma**2 + d * eta**2 if eps == 0 else m * (gamma - eps) ** 2
     root = math.sqrt(4 / (K**2 - 1) ** 2 + 2 * sigma**2 * math.log(K) / (S2 * (K**2 - 1)))
     w0 = S2 * ((K**2 + 1) / (K**2 - 1) - K * root)
-    assert rule.b / rule.w_robust == pytest.approx(w0 / (gamma - eps), rel=1e-12)
-    assert rule.w_nonrobust / rule.w_robust == pytest.approx(eta / gamma if eps == 0 else 0)
+    assert rule.b / rule.w[0] == pytest.approx(w0 / (gamma - eps), rel=1e-12)
+    assert rule.w[-1] / rule.w[0] == pytest.approx(eta / gamma if eps == 0 else 0)
 
 
 def test_information_is_what_dropping_the_features_alone_costs() -> None:
@@ -170,10 +170,12 @@ def test_properties(task: GaussianTask, share: float) -> None:
         assert omega == pytest.approx(robust.gap() / natural.gap(), rel=1e-5)
         information, threshold = task.decompose(eps)
         assert (information >= 1 - 1e-9) and threshold > 1
-        for multiplier in (0.9, 1.1):  # the robust gap peaks at the training radius
+        for multiplier in (0.0, 0.5, 0.9, 1.1, 3.0):  # the robust gap peaks at the training radius
             assert robust.gap(eps * multiplier) <= robust.gap(eps) + 1e-15
     if eps >= task.eta and task.m * task.gamma**2 >= 0.5 * task.sigma**2 * math.log(task.K):
-        assert task.omega(eps) > theory.corrected_bound(task) * (1 - 1e-9)
+        below = theory.corrected_bound(task, eps)
+        assert all(low <= part * (1 + 1e-7) for low, part in zip(below, task.decompose(eps), strict=True))
+        assert below[0] >= 1 and below[1] > 1
     above_half = robust.errors(eps)[1] > 0.5
     threshold = 0.5 * task.sigma**2 * math.log(task.K)
     signal = robust.S - robust.tau * eps
@@ -253,35 +255,111 @@ def test_extreme_priors_end_in_a_constant_classifier() -> None:
     assert rule.errors() == (1.0, 0.0)
 
 
-def test_reweight_by_k_equalises_the_robust_errors_while_they_are_small() -> None:
+def reweight(task: GaussianTask, eps: float, weight: float) -> theory.LinearRule:
+    """Class +1's robust error counts `weight` times: in closed form, as prior odds."""
+    odds = weight * task.prior / (1 - task.prior)
+    return replace(replace(task, prior=odds / (1 + odds)).robust(eps), task=task)
+
+
+def test_weight_k_equalises_the_robust_errors_while_they_are_small() -> None:
     equalised = 0
     for sigma in (0.4, 0.8, 1.5, 3.0):
         for eps in (0.0, 0.2, 0.6):
             task = replace(TASK, sigma=sigma)
-            rule = theory.reweight(task, eps, task.K)
+            rule = reweight(task, eps, task.K)
             low, high = rule.errors(eps)
             direction = task.robust(eps)
             common = norm.cdf(-2 * (direction.S - direction.tau * eps) / sigma / (task.K + 1))
+            assert direction.levelled(eps).errors(eps) == pytest.approx((common, common), rel=1e-9)
             if common < 1 / (1 + task.K):
                 equalised += 1
                 assert (low, high) == pytest.approx((common, common), rel=1e-9)
             else:  # then always answering +1 costs less than the balanced rule
                 assert (rule.b, low, high) == (math.inf, 1.0, 0.0)
     assert 0 < equalised < 12
-    assert theory.reweight(TASK, 0.6, 1.0).b == TASK.robust(0.6).b
-    with pytest.raises(KitError, match=r"^weight = 0 is not allowed"):
-        theory.reweight(TASK, 0.6, 0)
 
 
 @pytest.mark.parametrize("prior", [0.5, 0.35])
 def test_reweight_minimises_the_weighted_risk(prior: float) -> None:
     task = replace(TASK, prior=prior)
-    rule = theory.reweight(task, 0.3, 1.7)
+    rule = reweight(task, 0.3, 1.7)
     b = np.linspace(-5, 5, 2001)
     candidates = [replace(rule, b=value).errors(0.3) for value in b]
     risks = [(1 - prior) * minus + 1.7 * prior * plus for minus, plus in candidates]
     assert rule.b == pytest.approx(b[np.argmin(risks)], abs=0.005)
-    assert rule.task == task
+
+
+@pytest.mark.parametrize("weight", [0.4, 1.0, 1.8, 30.0])
+def test_equal_multipliers_weigh_the_robust_error(weight: float) -> None:
+    phi = (0.0, weight - 1) if weight >= 1 else (1 / weight - 1, 0.0)
+    for eps in (0.2, 0.6):
+        found, closed = theory.penalised(TASK, eps, phi, phi), reweight(TASK, eps, weight)
+        assert found.errors(eps) == pytest.approx(closed.errors(eps), abs=1e-6)
+        assert found.errors() == pytest.approx(closed.errors(), abs=1e-5)
+
+
+def penalty(rule: theory.LinearRule, eps: float, nat: np.ndarray, bdy: np.ndarray) -> float:
+    """What FRL's inner problem minimises, written out."""
+    natural, robust = np.array(rule.errors()), np.array(rule.errors(eps))
+    shares = [1 - rule.task.prior, rule.task.prior]
+    return float(shares @ ((1 + nat) * natural + (1 + bdy) * (robust - natural)))
+
+
+@pytest.mark.parametrize("prior", [0.5, 0.4])
+@pytest.mark.parametrize("phi_nat", [(0.0, 0.3), (0.0, 3.0), (2.0, 0.5), (0.0, 40.0)])
+@pytest.mark.parametrize("phi_bdy", [(0.0, 0.0), (0.0, 0.4), (0.2, 0.0)])
+def test_no_weights_at_all_beat_the_penalised_optimum(phi_nat: tuple, phi_bdy: tuple, prior: float) -> None:
+    task, eps = GaussianTask(2, 5, 1.0, 0.4, 0.7, 2.0, prior), 0.5
+    nat, bdy = np.array(phi_nat), np.array(phi_bdy)
+    rule = theory.penalised(task, eps, phi_nat, phi_bdy)
+    least = penalty(rule, eps, nat, bdy)
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        start = np.append(np.maximum(rule.w, 0.05) + 0.4 * generator.standard_normal(7), generator.standard_normal())
+        found = minimize(
+            lambda v: penalty(theory.LinearRule(task, v[:-1], v[-1]), eps, nat, bdy), start, method="L-BFGS-B"
+        )
+        assert found.fun >= least - 1e-8
+    assert least <= min((1 - prior) * (1 + nat[0]), prior * (1 + nat[1])) + 1e-12  # the constant answers
+
+
+def test_natural_multipliers_bring_non_robust_features_back_exactly_below_eta() -> None:
+    used = []
+    for eps in (0.42, 0.5, 0.7):
+        for phi in ((0.0, 0.0), (0.0, 0.5), (0.0, 2.0), (1.0, 1.0)):
+            task = replace(TASK, sigma=0.7)
+            rule = theory.penalised(task, eps, phi)
+            radius = theory.effective_radius(rule, eps, phi)
+            assert 0 < radius <= eps * (1 + 1e-12)
+            soft = np.maximum(task.theta - radius, 0)
+            assert rule.w / np.linalg.norm(rule.w) == pytest.approx(soft / np.linalg.norm(soft), abs=1e-4)
+            used.append(bool(rule.w[-1] > 1e-6))
+            assert used[-1] == (radius < task.eta)
+    assert 0 < sum(used) < len(used)
+    stretched = theory.penalised(TASK, 0.5, (0.0, 0.0), (0.0, 0.3))
+    assert theory.effective_radius(stretched, 0.5, (0.0, 0.0), (0.0, 0.3)) > 0.5
+    with pytest.raises(KitError, match=r"is not allowed: use finite multipliers of at least 0"):
+        theory.penalised(TASK, 0.5, (0.0, math.nan))
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 1.8, 2.5, 4.0])
+def test_a_boundary_multiplier_costs_the_class_only_where_it_is_mostly_wrong(sigma: float) -> None:
+    """It raises class +1's own natural error if and only if its natural and robust errors sum to above one."""
+    task = replace(TASK, sigma=sigma)
+    before, after = theory.penalised(task, 0.5, (0.0, 0.0)), theory.penalised(task, 0.5, (0.0, 0.0), (0.0, 0.02))
+    assert (before.w[-1], after.w[-1]) == (0, 0)
+    assert (after.errors()[1] > before.errors()[1]) == (before.errors()[1] + before.errors(0.5)[1] > 1)
+
+
+def test_moving_the_intercept_alone_removes_the_gap() -> None:
+    for eps in (0.0, 0.2, 0.7):
+        for eps0 in (0.0, 0.3):
+            rule = replace(TASK.robust(eps), w=3 * TASK.robust(eps).w)  # whatever the scale of w
+            level = rule.levelled(eps0)
+            low, high = level.errors(eps0)
+            assert low == pytest.approx(high, rel=1e-12)
+            assert low == pytest.approx(norm.cdf(-2 * (rule.S - rule.tau * eps0) / (TASK.sigma * 3)), rel=1e-12)
+            assert (level.w == rule.w).all()
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
@@ -294,6 +372,17 @@ def test_remargin_helps_exactly_below_half(sigma: float) -> None:
         assert helps == (rule.errors(eps_plus)[1] < 0.5)
     same, robust = theory.remargin(task, 0.5, 0.5), task.robust(0.5)
     assert same.errors(0.5) == pytest.approx(robust.errors(0.5), rel=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
+def test_remargin_lowers_the_boundary_error_where_two_conditions_agree(sigma: float) -> None:
+    task = replace(TASK, sigma=sigma)
+    for eps_plus in (0.5, 0.6, 0.7, 0.8, 0.9):
+        rule, grown = theory.remargin(task, 0.5, eps_plus), theory.remargin(task, 0.5, eps_plus + 1e-5)
+        boundary = [r.errors(0.5)[1] - r.errors()[1] for r in (rule, grown)]
+        below_half = rule.errors(eps_plus)[1] < 0.5
+        mostly_right = rule.errors()[1] + rule.errors(0.5)[1] < 1
+        assert (boundary[1] < boundary[0]) == (below_half == mostly_right)
 
 
 @pytest.mark.parametrize("prior", [0.5, 0.4])
@@ -365,32 +454,44 @@ def test_a_logistic_model_can_reverse_the_claim() -> None:
     assert task.omega(0.8) > 3
 
 
-def test_printed_bound_fails_and_corrected_bound_holds_where_classes_differ_most() -> None:
+def test_corrected_bound_is_where_it_should_be() -> None:
     for K in (5.0, 50.0, 300.0):
         task = GaussianTask(m=10, d=200, gamma=1.0, eta=0.4, sigma=1.0, K=K)
-        assert theory.corrected_bound(task) < task.omega(0.5) < theory.printed_bound(task)
+        printed = (K**2 - 1) * math.log(K) / 2 * math.sqrt(20)  # Eq. (12), constants 1
+        assert math.prod(theory.corrected_bound(task, 0.5)) < task.omega(0.5) < printed
     assert GaussianTask(m=10, d=200, gamma=1.0, eta=0.4, sigma=1.0, K=1e6).omega(0.5) == pytest.approx(1, abs=1e-3)
-    with pytest.raises(KitError, match=r"^gamma = 1.0 is not allowed: use at least sigma"):
-        theory.corrected_bound(GaussianTask(m=1, d=9, gamma=1.0, eta=0.4, sigma=3.0, K=9.0))
+    far = GaussianTask(m=10, d=4000, gamma=1.0, eta=0.4, sigma=1.0, K=2.0)  # information: tight as d grows
+    assert math.log(theory.corrected_bound(far, 0.5)[0]) == pytest.approx(math.log(far.decompose(0.5)[0]), rel=0.01)
+    with pytest.raises(KitError, match=r"^gamma = 1.0 is not allowed: use m"):
+        theory.corrected_bound(GaussianTask(m=1, d=9, gamma=1.0, eta=0.4, sigma=3.0, K=9.0), 0.5)
+    with pytest.raises(KitError, match=r"^eps = 0.2 is not allowed: use a radius from eta = 0.4"):
+        theory.corrected_bound(far, 0.2)
 
 
 def test_bounds_by_hand() -> None:
-    task = GaussianTask(m=2, d=8, gamma=1.0, eta=0.5, sigma=2.0, K=math.e)
-    assert theory.printed_bound(task) == pytest.approx((math.e**2 - 1) * 4 / 2 * 2)
     for m, K, first in ((50, 2.0, False), (3, 20.0, True)):  # which of the two terms is the larger
-        task = GaussianTask(m=m, d=100, gamma=2.0, eta=0.8, sigma=1.0, K=K)
+        task, eps = GaussianTask(m=m, d=100, gamma=2.0, eta=0.8, sigma=1.0, K=K), 1.0
         energies = [math.sqrt(m), math.sqrt(m + 100 * 0.4**2)]
         q = (K**2 - 1) * math.log(K) / 8
         low, high = (root + math.sqrt(root**2 + q) for root in energies)
         z = [replace(task, d=extra).natural().scores()[1] for extra in (0, 100)]
-        term = math.exp((z[1] ** 2 - z[0] ** 2) / 2) / K
+        widths = [(K + 1) * math.log(K) / 2 / root for root in (low, high)]  # (K+1)D with a = 4√m
+
+        def h(x: float) -> float:
+            return (1 - math.exp(-x)) / x
+
+        term = math.exp((z[1] ** 2 - z[0] ** 2) / 2) * h(math.log(K)) / h(-z[1] * widths[1])
         assert (term < 1) == first
-        assert theory.corrected_bound(task) == pytest.approx(high / low * max(1, term), rel=1e-9)
+        information, threshold = theory.corrected_bound(task, eps)
+        assert information == pytest.approx(high / low * max(1, term), rel=1e-9)
+        assert information >= high / low * max(1, math.exp((z[1] ** 2 - z[0] ** 2) / 2) / K) * (1 - 1e-12)  # first form
+        rise = min(task.robust(eps).scores()[1] - z[0], -2 * z[0])
+        assert threshold == pytest.approx(1 + rise / widths[0] / h(-z[0] * widths[0]), rel=1e-9)
 
 
 def test_remargin_refuses_radii_that_use_other_features() -> None:
-    for pair, name in (((0.1, 0.6), "eps_minus"), ((0.6, 1.1), "eps_plus")):
-        with pytest.raises(KitError, match=rf"^{name} = .* is not allowed: use a radius from eta"):
+    for pair in ((0.1, 0.6), (0.6, 1.1), (0.6, math.nan)):
+        with pytest.raises(KitError, match=r"^\(eps_minus, eps_plus\) = \(.* is not allowed: use radii from eta"):
             theory.remargin(TASK, *pair)
 
 
@@ -422,11 +523,6 @@ def test_sampler_has_the_stated_moments() -> None:
 def test_bad_arguments_are_named(field: str, value: float) -> None:
     with pytest.raises(KitError, match=rf"^{field} = .* is not allowed: use "):
         replace(TASK, **{field: value})
-
-
-def test_without_non_robust_features_their_weight_is_zero() -> None:
-    assert replace(TASK, d=0).natural().w_nonrobust == 0
-    assert TASK.natural().w_nonrobust / TASK.natural().w_robust == pytest.approx(0.4)
 
 
 def test_bad_radius_is_named() -> None:
