@@ -116,13 +116,13 @@ def test_the_bound_of_a_linear_network_is_exact() -> None:
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
-@given(low=st.floats(-12, 12), width=st.one_of(st.floats(0, 1e-6), st.floats(0, 12)), tilt=st.floats(0, 1))
-def test_lines_stay_on_their_sides(activation: str, low: float, width: float, tilt: float) -> None:
-    """Whatever the tilt, on a dense grid of the range; and each touches the curve, or is its chord."""
+@given(low=st.floats(-12, 12), width=st.one_of(st.floats(0, 1e-6), st.floats(0, 12)), point=st.floats(-15, 15))
+def test_lines_stay_on_their_sides(activation: str, low: float, width: float, point: float) -> None:
+    """Whatever the point, on a dense grid of the range; and each touches the curve, or is its chord."""
     layer = layers.chain([(torch.ones(1, 1), torch.zeros(1), 0, activation, "")], (1, 1, 1))[0]
     ends = (torch.full((1, 1, 1, 1, 1), low + part, dtype=torch.float64) for part in (0.0, width))
     around = lines.enclose(layer, *ends, torch.zeros(1, 1, 1, 1, 1))
-    slope, half_slope, intercept, half = lines.lines(layer, around, torch.full((2, 1, 1, 1, 1, 1), tilt).double())
+    slope, half_slope, intercept, half = lines.lines(layer, around, torch.full_like(around.low, point))
     z = torch.linspace(0, 1, 1001, dtype=torch.float64) * width + low
     curve = z.tanh() if activation == "tanh" else z.relu()
     below = ((slope - half_slope) * z + intercept - half).flatten()
@@ -139,7 +139,7 @@ def test_max_pooling_picks_one_of_each_cell() -> None:
     layer = layers.chain([(torch.ones(1, 1, 1, 1), torch.zeros(1), 0, "relu", "max")], (1, 2, 2))[0]
     low, high = (torch.tensor(ends).double().view(1, 1, 2, 1, 2) for ends in ([-1.0, 0, -3, -1], [2.0, 1, -2, 0.5]))
     around = lines.enclose(layer, low, high, torch.zeros(1, 1, 1, 1, 1))
-    slope, half_slope, intercept, half = lines.lines(layer, around, lines.upright(layer, around))
+    slope, half_slope, intercept, half = lines.lines(layer, around, lines.usual_points(layer, around))
     expected_above = torch.tensor([1 / 3, 0, 0, 0]).double()
     expected_below = torch.tensor([1.0, 0, 0, 0]).double()
     torch.testing.assert_close((slope + half_slope).flatten(), expected_above)

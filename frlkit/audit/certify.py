@@ -52,7 +52,7 @@ def certify(
     model : a LeNet-5 or plain CNN of `frlkit.models`
     split : images and labels
     eps_255 : radius in 1/255
-    steps : of Adam for each layer's lines, on images that plain CROWN leaves undecided
+    steps : rounds of fitting the lines to each bound, on images that plain CROWN leaves undecided
     path : JSON; where it holds the same weights, images and radius, only what less effort left undecided is done
 
     Returns
@@ -132,14 +132,15 @@ def _falsify(model: nn.Module, split: Split, record: dict[str, Any], start: int)
 def _verify(model: nn.Module, split: Split, record: dict[str, Any], rows: Sequence[int], steps: int) -> None:
     """Bound the margins of a few images, the lines tilted where plain CROWN is not enough."""
     for effort in (0, steps) if steps else (0,):
-        rows = [number for number in rows if _is_open(record, number, effort)]
+        left = [number for number in rows if _is_open(record, number, effort)]
+        if not left:
+            continue
         began = time.perf_counter()
-        if rows:
-            x, y = split.batch(torch.tensor(rows, device=split.labels.device))
-            eps = record["attack"]["eps_255"] / 255
-            for number, margin in zip(rows, crown.margins(model, x, y, eps, effort).amin(1).tolist(), strict=True):
-                record["verdicts"][number] = VERIFIED if margin > 0 else UNDECIDED
-                record["margins"][number], record["steps"][number] = margin, effort
+        x, y = split.batch(torch.tensor(left, device=split.labels.device))
+        bounds = crown.margins(model, x, y, record["attack"]["eps_255"] / 255, effort).amin(1)
+        for number, margin in zip(left, bounds.tolist(), strict=True):
+            record["verdicts"][number] = VERIFIED if margin > 0 else UNDECIDED
+            record["margins"][number], record["steps"][number] = margin, effort
         record["seconds"] += time.perf_counter() - began
 
 

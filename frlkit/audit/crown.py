@@ -2,8 +2,11 @@
 
 A linear form in a layer's output is carried back through the chain (`layers`), each activation replaced by the line
 (`lines`) that makes the form smaller, down to the image, where its minimum over a box is known (Zhang et al., 2018).
-The ranges of the activations' arguments are bounded in the same way, layer after layer. The lines may be tilted: steps
-of Adam look for those that give the highest bound (Xu et al., 2021), sound whatever they find.
+The ranges of the activations' arguments are bounded in the same way, layer after layer.
+
+Which lines of all sound ones are used is free, and may differ from form to form (Xu et al., 2021, choose by gradient
+ascent). Here each line is moved to where it is tightest at the image that minimises the form, and the form minimised
+anew: a game in which each side answers the mean of the other's moves. One or two rounds come close to its value.
 
 With maps as (..., height, channels, width), a convolution's transpose is one matrix product and k shifted sums.
 """
@@ -18,17 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit.audit.layers import Layer, ball, check_forward, network, rounding
-from frlkit.audit.lines import Lines, Range, activations, enclose, lines, upright
+from frlkit.audit.lines import Lines, Range, activations, best_points, enclose, lines, usual_points
 
 WORK = 2**19  # numbers in the largest array of a propagation: what a processor's cache likes
 
 
 class Grid(NamedTuple):
-    """Where windows of a map begin: `count` of them along each side, `stride` apart, the first at `start`."""
+    """Where windows of a map lie: `count` of them along each side, `stride` apart, the first at `start`."""
 
     start: int
     stride: int
     count: int
+    side: int  # of a window
 
 
 @torch.no_grad()
@@ -42,7 +46,7 @@ def margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) 
     model : a network that `network` takes
     x, y : (N, channels, height, width) floats in [0, 1], and (N,) int64 labels
     eps : radius in [0, 1]
-    steps : of Adam for tilting the lines below each fully connected layer; 0 is plain CROWN
+    steps : rounds in which the lines are fitted to each bound; 0 is plain CROWN
     """
     layers = network(model)
     check_forward(layers, model, x)
@@ -85,86 +89,88 @@ def tightest(
     constants: Tensor,
     steps: int = 0,
 ) -> Tensor:
-    """Lower bounds, (N, positions, S), of linear forms in the windows of the last layer, over the box.
+    """Lower bounds, (N, P, S), of linear forms in the windows of the last layer, over the box.
 
-    `forms` is (N or 1, 1, S, k, in, k). Lines are tilted, for each form on its own, where there is but one position.
+    `forms` is (N or 1, 1, S, k, in, k). In each step the lines move, for each form on its own, to the mean of those
+    that were tightest where the form had its minimum. The best bound counts, so more steps never loosen it.
     """
-    below, grid = layers[:-1], Grid(-layers[-1].padding, 1, layers[-1].side)
-    tilts = [upright(layer, part) for layer, part in zip(below, ranges, strict=True)]
-    around = [lines(layer, *rest) for layer, *rest in zip(below, ranges, tilts, strict=True)]
-    rows = max(1, WORK // (len(box[0]) * grid.count**2 * _widest(below, forms)))
-    parts = []
-    for part in forms.split(rows, 2):
-        parts.append(lower(below, box, around, part, grid))
-        if steps and below and grid.count == 1:
-            parts[-1] = torch.maximum(parts[-1], _tilted(below, box, ranges, tilts, part, steps))
-    return torch.cat(parts, 2) + constants
+    below = layers[:-1]
+    *grids, at_image = _grids(layers)
+    image = tuple(_windows(part, at_image) for part in box)
+    reach = [Range(*(_windows(part, grid) for part in parts)) for parts, grid in zip(ranges, grids, strict=True)]
+    usual = [usual_points(layer, part) for layer, part in zip(below, reach, strict=True)]
+    plain = [lines(*rest) for rest in zip(below, reach, usual, strict=True)]
+    largest = max([at_image.side**2 * forms.shape[-2], *(part.low[0, 0].numel() for part in reach)])
+    best = []
+    for part in forms.split(max(1, WORK // (len(box[0]) * at_image.count**2 * largest)), 2):
+        points, around = usual, plain
+        bound, signs = lower(below, image, around, part)
+        for step in range(steps if below else 0):
+            arguments = _minimiser(below, image, around, signs)
+            aims = map(best_points, below, arguments)
+            points = [old + (aim - old) / (step + 1) for old, aim in zip(points, aims, strict=True)]  # their mean
+            around = [lines(*rest) for rest in zip(below, reach, points, strict=True)]
+            found, signs = lower(below, image, around, part)
+            bound = torch.maximum(bound, found)
+        best.append(bound)
+    return torch.cat(best, 2) + constants
 
 
-def _widest(layers: Sequence[Layer], forms: Tensor) -> int:
-    """Numbers in a form's largest window on the way back to the image."""
-    side, most = forms.shape[-1], forms[0, 0, 0].numel()
-    for layer in reversed(layers):
-        side = 2 * side if layer.pool else side
-        most = max(most, side**2 * len(layer.bias))
-        side += layer.weight.shape[-1] - 1
-    return most
-
-
-def _tilted(
-    layers: Sequence[Layer],
-    box: tuple[Tensor, Tensor],
-    ranges: Sequence[Range],
-    tilts: Sequence[Tensor],
-    forms: Tensor,
-    steps: int,
-) -> Tensor:
-    """The best bounds (N, 1, S) that so many steps of Adam from the given tilts find."""
-    tilts = [tilt.expand(-1, -1, forms.shape[2], -1, -1, -1).clone().requires_grad_() for tilt in tilts]
-    optimizer = torch.optim.Adam(tilts, lr=0.1)
-    best = torch.tensor(-torch.inf)
-    for _ in range(steps):
-        with torch.enable_grad():
-            around = [lines(layer, *rest) for layer, *rest in zip(layers, ranges, tilts, strict=True)]
-            bounds = lower(layers, box, around, forms, Grid(0, 1, 1))
-            optimizer.zero_grad()
-            (-bounds.sum()).backward()
-        best = torch.maximum(best, bounds.detach())
-        optimizer.step()
-        for tilt in tilts:
-            tilt.data.clamp_(0, 1)
-    return best
+def _grids(layers: Sequence[Layer]) -> list[Grid]:
+    """The windows of each layer's convolution output, and last of the image, that the last layer's positions see."""
+    last = layers[-1]
+    grid, grids = Grid(-last.padding, 1, last.side, last.weight.shape[-1]), []
+    for layer in reversed(layers[:-1]):
+        if layer.pool:
+            grid = Grid(2 * grid.start, 2 * grid.stride, grid.count, 2 * grid.side)
+        grids.append(grid)
+        grid = grid._replace(start=grid.start - layer.padding, side=grid.side + layer.weight.shape[-1] - 1)
+    return [*reversed(grids), grid]
 
 
 def lower(
-    layers: Sequence[Layer], box: tuple[Tensor, Tensor], around: Sequence[Lines], forms: Tensor, grid: Grid
-) -> Tensor:
+    layers: Sequence[Layer], image: tuple[Tensor, Tensor], around: Sequence[Lines], forms: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """Lower bounds over a box, (N, P, S), of linear forms in windows of the last layer's pooled activations.
 
-    `forms` is (N or 1, P or 1, S, h, C, w): images, windows (`grid`), forms, and a window's rows, channels, columns.
+    `forms` is (N or 1, P or 1, S, h, C, w): images, windows, forms, and a window's rows, channels, columns. Also what
+    the form has become at the image and at each activation from there on: its signs say where the minimum is.
     """
     total: Tensor | float = 0.0
-    for layer, enclosure in zip(reversed(layers), reversed(around), strict=True):
+    passed = []
+    for layer, (slope, half_slope, intercept, half_intercept) in zip(reversed(layers), reversed(around), strict=True):
         if layer.pool:
             forms = forms.repeat_interleave(2, 3).repeat_interleave(2, 5)
-            grid = Grid(2 * grid.start, 2 * grid.stride, grid.count)
-        slope, half_slope, intercept, half_intercept = (_windows(part, grid, forms.shape[-1]) for part in enclosure)
+        passed.append(forms)
         size = forms.abs()
         total = total + _dot(forms, intercept) - _dot(size, half_intercept)
-        forms = torch.addcmul(forms * slope, size, half_slope, value=-1)
-        forms = _transposed(forms, layer.weight)
-        grid = grid._replace(start=grid.start - layer.padding)
-    middle, half = (_windows(part, grid, forms.shape[-1]) for part in box)
-    return total + _dot(forms, middle) - _dot(forms.abs(), half)
+        forms = _transposed(torch.addcmul(forms * slope, size, half_slope, value=-1), layer.weight)
+    return total + _dot(forms, image[0]) - _dot(forms.abs(), image[1]), [forms, *reversed(passed)]
 
 
-def _windows(maps: Tensor, grid: Grid, side: int) -> Tensor:
-    """(N, S, H, C, W) -> (N, P, S, side, C, side), zero outside the map."""
+def _minimiser(
+    layers: Sequence[Layer], image: tuple[Tensor, Tensor], around: Sequence[Lines], passed: Sequence[Tensor]
+) -> list[Tensor]:
+    """The arguments of the activations, (N, P, S, h, C, w) each, where forms take the minimum that `lower` finds."""
+    flow = image[0] - passed[0].sign() * image[1]
+    arguments = []
+    for layer, (slope, half_slope, intercept, half_intercept), forms in zip(layers, around, passed[1:], strict=True):
+        z = _convolved(flow, layer.weight)
+        arguments.append(z + layer.bias[:, None])
+        sign = forms.sign()
+        flow = (slope - sign * half_slope) * z + intercept - sign * half_intercept
+        if layer.pool:
+            flow = flow.unflatten(5, (-1, 2)).unflatten(3, (-1, 2)).sum((4, 7))
+    return arguments
+
+
+def _windows(maps: Tensor, grid: Grid) -> Tensor:
+    """(N, 1, H, C, W) -> (N, P, 1, side, C, side), zero outside the map."""
     before = -grid.start
-    after = grid.start + grid.stride * (grid.count - 1) + side - maps.shape[2]
+    after = grid.start + grid.stride * (grid.count - 1) + grid.side - maps.shape[2]
     padded = F.pad(maps, (before, after, 0, 0, before, after))
-    cut = padded.unfold(2, side, grid.stride).unfold(4, side, grid.stride)  # (N, S, rows, C, columns, side, side)
-    return cut.permute(0, 2, 4, 1, 5, 3, 6).flatten(1, 2)
+    cut = padded.unfold(2, grid.side, grid.stride).unfold(4, grid.side, grid.stride)
+    return cut.permute(0, 2, 4, 1, 5, 3, 6).flatten(1, 2)  # from (N, 1, rows, C, columns, side, side)
 
 
 def _dot(forms: Tensor, maps: Tensor) -> Tensor:
@@ -177,15 +183,33 @@ def _dot(forms: Tensor, maps: Tensor) -> Tensor:
     return (forms @ maps.mT)[..., 0]
 
 
+def _rows(weight: Tensor, width: int) -> Tensor:
+    """A convolution of rows of `width` columns as a matrix, (out, columns - k + 1, k, in, columns)."""
+    out, channels, side, _ = weight.shape
+    rows = weight.new_zeros(out, width - side + 1, side, channels, width)
+    for column in range(width - side + 1):
+        rows[:, column, :, :, column : column + side] = weight.transpose(1, 2)
+    return rows
+
+
 def _transposed(forms: Tensor, weight: Tensor) -> Tensor:
     """The transpose of a convolution: (N, P, S, h, out, w) -> (N, P, S, h + k - 1, in, w + k - 1)."""
-    (*lead, height, _, width), (out, channels, side, _) = forms.shape, weight.shape
-    rows = weight.new_zeros(out, width, side, channels, width + side - 1)  # one row of a map -> k rows
-    for column in range(width):
-        rows[:, column, :, :, column : column + side] = weight.transpose(1, 2)
-    spread = forms.reshape(-1, out * width) @ rows.view(out * width, -1)
-    spread = spread.view(-1, height, side, channels, width + side - 1)
-    result = spread.new_zeros(len(spread), height + side - 1, channels, width + side - 1)
+    (*lead, height, out, width), side = forms.shape, weight.shape[-1]
+    rows = _rows(weight, width + side - 1)
+    spread = (forms.reshape(-1, out * width) @ rows.flatten(0, 1).flatten(1)).view(-1, height, *rows.shape[2:])
+    result = spread.new_zeros(len(spread), height + side - 1, *rows.shape[3:])
     for row in range(side):
         result[:, row : row + height] += spread[:, :, row]
+    return result.view(*lead, *result.shape[1:])
+
+
+def _convolved(maps: Tensor, weight: Tensor) -> Tensor:
+    """A convolution: (N, P, S, h, in, w) -> (N, P, S, h - k + 1, out, w - k + 1)."""
+    (*lead, height, channels, width), side = maps.shape, weight.shape[-1]
+    rows = _rows(weight, width).permute(2, 0, 1, 3, 4)  # (k, out, columns - k + 1, in, columns)
+    spread = maps.reshape(-1, channels * width) @ rows.flatten(0, 2).flatten(1).T
+    spread = spread.view(-1, height, *rows.shape[:3])
+    result = spread[:, : height - side + 1, 0].clone()
+    for row in range(1, side):
+        result += spread[:, row : row + height - side + 1, row]
     return result.view(*lead, *result.shape[1:])
