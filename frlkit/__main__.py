@@ -308,43 +308,39 @@ def evaluate(
 @click.argument("target", type=click.Path(path_type=Path), metavar="FOLDER_OR_WEIGHTS")
 @click.option("--eps", type=float, default=8, show_default=True, help="Radius, in 1/255.")
 @click.option("--images", type=click.IntRange(1), help="The first so many test images. Default: all.")
-@click.option("--steps", type=int, default=0, show_default=True, help="Of search for tighter bounds, per layer.")
+@click.option(
+    "--steps", type=int, default=0, show_default=True, help="Rounds of tightening the bounds of undecided images."
+)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
-@click.option("--model", "model_name", help="Default: what FOLDER's run says, or lenet5.")
-@click.option("--dataset", help="Default: what FOLDER's run says, or fashion_mnist.")
+@click.option("--model", "model_name", default="lenet5", show_default=True, help="For a file of weights.")
+@click.option("--dataset", help="Default: the run's, or fashion_mnist.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def certify(
-    target: Path,
-    eps: float,
-    images: int | None,
-    steps: int,
-    out: Path | None,
-    model_name: str | None,
-    dataset: str | None,
+    target: Path, eps: float, images: int | None, steps: int, out: Path | None, model_name: str, dataset: str | None,
     device: str,
-) -> None:
+) -> None:  # fmt: skip
     """Print, class by class, how many test images are verified, falsified by an attack, or undecided.
 
     FOLDER_OR_WEIGHTS is a finished run's folder, such as checkpoints/fashion_mnist/pgd_at/seed0, or any file of plain
     tensors that fits the model. No attack, known or not, fools the model on a verified image within --eps: the robust
     error lies between falsified and 100 % less verified. The JSON holds a verdict for each image.
     """
-    from frlkit import checkpoint, data, models
+    from frlkit import data, models, runs
     from frlkit.audit import certify as certification
+    from frlkit.audit.weights import load_weights
 
-    weights = target / "weights.pt" if target.is_dir() else target
-    content = checkpoint.load_plain(weights)
-    about = content.get("config") if isinstance(content, dict) else None
-    about = about if isinstance(about, dict) else {}
-    tensors = data.load(dataset or about.get("dataset", "fashion_mnist"), device=data.pick_device(device))
+    own, config = runs.read_weights(target / runs.WEIGHTS) if target.is_dir() else (None, {})
+    tensors = data.load(dataset or config.get("dataset", "fashion_mnist"), device=data.pick_device(device))
     split = certification.first(tensors.test, images)
-    model = models.build(model_name or about.get("model", "lenet5"), len(tensors.class_names))
-    models.load_weights(model, weights)
+    model = own or models.build(model_name, len(tensors.class_names))
+    if own is None:
+        load_weights(model, target)
     record = certification.certify(model.to(split.labels.device), split, eps, steps=steps, path=out)
-    bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)
-    click.echo(f"{weights}: the first {len(split)} test images of {tensors.name} at {eps:g}/255, in %")
+    click.echo(f"{target}: {len(split)} test images of {tensors.name} at {eps:g}/255, in %")
     click.echo(certification.summary(record, tensors.class_names).to_string())
-    click.echo(f"{record['seconds'] / max(bounded, 1):.2f} s for the bounds of an image")
+    bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)
+    if bounded:
+        click.echo(f"{record['seconds'] / bounded:.2f} s an image for its bounds")
 
 
 if __name__ == "__main__":

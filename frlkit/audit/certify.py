@@ -10,29 +10,48 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from torch import nn
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
-from frlkit import KitError, checkpoint, evaluation
+from frlkit import KitError, checkpoint, evaluation, records, watched
 from frlkit.attacks import pgd
 from frlkit.audit import crown
 from frlkit.data import Split
 from frlkit.evaluation import Attack
-from frlkit.training import watched
 
 VERIFIED, FALSIFIED, UNDECIDED = VERDICTS = ("verified", "falsified", "undecided")
 CHUNK = 100  # images attacked at a time; a sample's random start depends on it
 BATCH = 4  # images bounded at a time, between two writes of the progress
 
 
+class _Record(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    labels: list[int]
+    verdicts: list[Literal[VERDICTS] | None]  # type: ignore[valid-type]
+    margins: list[float | None]
+    steps: list[Annotated[int, Field(ge=0)] | None]
+    seconds: Annotated[float, Field(ge=0)]
+
+
+def _same_images(record: dict[str, Any]) -> dict[str, Any]:
+    if len({len(record[key]) for key in ("labels", "verdicts", "margins", "steps")}) > 1:
+        raise ValueError("its lists do not have as many images each")
+    return record
+
+
+_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Record, AfterValidator(_same_images)])
+
+
 def attack(eps_255: float) -> Attack:
     """The attack that falsifies: PGD on the margin, 50 steps, 10 restarts."""
-    return Attack(eps_255, step_255=eps_255 / 8, steps=50, restarts=10, loss="margin")
+    return Attack(eps_255=eps_255, step_255=eps_255 / 8, steps=50, restarts=10, loss="margin")
 
 
 def first(split: Split, images: int | None) -> Split:
@@ -100,12 +119,12 @@ def _begin(model: nn.Module, split: Split, attack: Attack, path: Path | None) ->
         "attack": asdict(attack),
     }
     if path is not None and path.exists():
-        record = evaluation.read_record(path)
+        record = records.read_as(path, _RECORD, "certification")
         checkpoint.refuse_other(path, {key: record.get(key) for key in about}, about)
         return record
     images = len(split)
     progress = {"verdicts": [None] * images, "margins": [None] * images, "steps": [None] * images, "seconds": 0.0}
-    return {**about, "labels": split.labels.tolist(), **progress, "versions": evaluation.versions()}
+    return {**about, "labels": split.labels.tolist(), **progress, "versions": records.versions()}
 
 
 def _is_open(record: dict[str, Any], number: int, steps: int) -> bool:
@@ -153,6 +172,7 @@ def summary(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
         raise KitError("the certification is unfinished: run the same again, it goes on from there")
     frame = pd.crosstab(np.array(record["labels"]), np.array(record["verdicts"]))
     frame = frame.reindex(columns=VERDICTS, index=range(len(class_names)), fill_value=0)
+    frame.columns.name = None
     frame.index = list(class_names)
     frame.loc["all"] = frame.sum()
     images = frame.sum(axis=1)
