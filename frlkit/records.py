@@ -93,15 +93,16 @@ _HISTORY: TypeAdapter[Any] = TypeAdapter(_History)
 
 def read(path: Path) -> dict[str, Any]:
     """Read a record; raises `KitError` where it is missing, no JSON, or not what a record is."""
-    return _read(path, _RECORD, "record")
+    return read_as(path, _RECORD, "record")
 
 
 def read_history(path: Path) -> dict[str, Any]:
     """Read a run's history; raises `KitError` where it is missing, no JSON, or not what a history is."""
-    return _read(path, _HISTORY, "history")
+    return read_as(path, _HISTORY, "history")
 
 
-def _read(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
+def read_as(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
+    """Read JSON of a schema; raises `KitError` naming the kind of file where it is missing or something else."""
     try:
         return schema.validate_python(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
