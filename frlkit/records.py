@@ -39,11 +39,11 @@ def _is_attack(value: dict[str, Any]) -> dict[str, Any]:
 
 
 _Errors = Annotated[list[Share], Field(min_length=2)]
-_OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class _Entry(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     attack: Annotated[dict[str, Any], AfterValidator(_is_attack)]
     robust: _Errors
     boundary: list[float]
@@ -62,7 +62,7 @@ def _same_classes(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Record(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     dataset: str
     class_names: Annotated[list[str], Field(min_length=2)]
     weights_sha256: NotRequired[str]
@@ -73,7 +73,7 @@ class _Record(TypedDict):
 
 
 class _Epoch(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     lr: Annotated[float, Field(ge=0)]
     loss: float
     seconds: Annotated[float, Field(ge=0)]
@@ -81,7 +81,7 @@ class _Epoch(TypedDict):
 
 
 class _History(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     config: dict[str, Any]
     threads: Annotated[int, Field(ge=1)]
     epochs: Annotated[list[_Epoch], Field(min_length=1)]
@@ -93,15 +93,16 @@ _HISTORY: TypeAdapter[Any] = TypeAdapter(_History)
 
 def read(path: Path) -> dict[str, Any]:
     """Read a record; raises `KitError` where it is missing, no JSON, or not what a record is."""
-    return _read(path, _RECORD, "record")
+    return read_as(path, _RECORD, "record")
 
 
 def read_history(path: Path) -> dict[str, Any]:
     """Read a run's history; raises `KitError` where it is missing, no JSON, or not what a history is."""
-    return _read(path, _HISTORY, "history")
+    return read_as(path, _HISTORY, "history")
 
 
-def _read(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
+def read_as(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
+    """Read a JSON file that a schema describes; raises `KitError` where it does not."""
     try:
         return schema.validate_python(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
