@@ -6,11 +6,13 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from frlkit import PROJECT, KitError, __version__
 
@@ -44,19 +46,15 @@ class _Choice(click.Choice):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return str(value)  # what it names refuses it in a sentence
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        from click.shell_completion import CompletionItem
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Use one of {', '.join(self.names())}."
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
 
 def _names(module: str, table: str) -> Callable[[], list[str]]:
-    def names() -> list[str]:
-        from importlib import import_module
-
-        return list(getattr(import_module(f"frlkit.{module}"), table))
-
-    return names
+    return lambda: list(getattr(import_module(f"frlkit.{module}"), table))
 
 
 DATA = click.option(
@@ -157,17 +155,16 @@ def _result(folder: Path) -> str:
     from frlkit import records
 
     record = records.read(folder / "record.json")
-    found = [("natural", record["natural"])]
-    found += [(f"PGD-{e['attack']['steps']} {e['attack']['eps_255']:g}/255", e["robust"]) for e in record["attacks"]]
+    found = {"natural": record["natural"]}
+    found |= {f"PGD-{e['attack']['steps']} {e['attack']['eps_255']:g}/255": e["robust"] for e in record["attacks"]}
     parts = []
-    for name, errors in found:
-        worst = max(range(len(errors)), key=errors.__getitem__)
-        average = 100 * sum(errors) / len(errors)
-        parts.append(f"{name} {average:.1f} %, worst {record['class_names'][worst]} {100 * errors[worst]:.1f} %")
-    return f"{' · '.join(parts)} · {folder}"
+    for name, errors in found.items():
+        worst, which = max(zip(errors, record["class_names"], strict=True))
+        parts.append(f"{name} {sum(errors) / len(errors):.1%}, worst {which} {worst:.1%}")
+    return " · ".join([*parts, str(folder)])
 
 
-@main.command(short_help="Train and evaluate a grid of runs, as many at a time as there are cores.")
+@main.command(short_help="Train and evaluate a grid of runs, many at a time.")
 @click.argument("file", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
 @RUNS
 @click.option("--dry-run", is_flag=True, help="List the runs, what is done and left, and how long that may take.")
@@ -189,13 +186,8 @@ def sweep(
     """
     from frlkit.scale import clusters, sweeps
 
-    if (backend == "local") == bool(address):
-        raise KitError(f"--backend {backend} with --address {address!r} is not allowed: a cluster has one, local none")
-    if jobs and backend != "local":
-        raise KitError(f"--jobs {jobs} is not allowed with --backend {backend}: the cluster has as many as it has")
+    place = clusters.choose(backend, address, device, jobs, shares)
     planned = sweeps.plan(file, runs)
-    local = backend == "local"
-    place = clusters.local(device, jobs, shares) if local else clusters.cluster(backend, address, device, shares)
     with place as (carry_out, workers):
         if dry_run:
             click.echo(sweeps.preview(planned, runs, workers))
@@ -219,8 +211,8 @@ def table(runs: tuple[Path, ...], output: Path | None) -> None:
     from frlkit import checkpoint
     from frlkit.report import documents, tables
 
-    kind = output.suffix if output else ""
-    if kind not in ("", ".csv", ".parquet", ".md"):
+    kind = output.suffix if output else ".md"
+    if kind not in (".csv", ".parquet", ".md"):
         raise KitError(f"--output {output} is not allowed: use a name that ends in .csv, .parquet or .md")
     if kind == ".parquet" and find_spec("pyarrow") is None:
         raise KitError(f"--output {output} needs a library that is not there: pip install pyarrow")

@@ -49,11 +49,6 @@ class Attack:
 STANDARD = (Attack(eps_255=8.0), Attack(eps_255=16.0))
 
 
-def standard(dataset: str) -> tuple[Attack, ...]:
-    """`STANDARD`, and for GTSRB the paper's radius there, 12/255."""
-    return (*STANDARD, Attack(eps_255=12.0)) if dataset.startswith("gtsrb") else STANDARD
-
-
 @dataclass(frozen=True)
 class ClassErrors:
     """Class-wise errors as fractions, each (C,): natural, robust, and the test images of each class."""

@@ -39,11 +39,11 @@ def _is_attack(value: dict[str, Any]) -> dict[str, Any]:
 
 
 _Errors = Annotated[list[Share], Field(min_length=2)]
-_OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class _Entry(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     attack: Annotated[dict[str, Any], AfterValidator(_is_attack)]
     robust: _Errors
     boundary: list[float]
@@ -62,7 +62,7 @@ def _same_classes(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Record(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     dataset: str
     class_names: Annotated[list[str], Field(min_length=2)]
     weights_sha256: NotRequired[str]
@@ -73,7 +73,7 @@ class _Record(TypedDict):
 
 
 class _Epoch(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     lr: Annotated[float, Field(ge=0)]
     loss: float
     seconds: Annotated[float, Field(ge=0)]
@@ -81,7 +81,7 @@ class _Epoch(TypedDict):
 
 
 class _History(TypedDict):
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     config: dict[str, Any]
     threads: Annotated[int, Field(ge=1)]
     epochs: Annotated[list[_Epoch], Field(min_length=1)]

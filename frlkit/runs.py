@@ -64,6 +64,8 @@ def _has_weights(place: Path) -> bool:
     old = place / "weights.pt"
     if not disk.exists(place / WEIGHTS) and disk.exists(old):
         state = checkpoint.read(old)
+        if missing := {"model", "config", "num_classes"} - set(state):
+            raise KitError(f"{old} is no weights file of a finished run: it has no {min(missing)}")
         write_weights(place / WEIGHTS, state["model"], state["config"], state["num_classes"])
         old.unlink()
     return disk.exists(place / WEIGHTS)

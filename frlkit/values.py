@@ -56,6 +56,8 @@ def fields_of(cls: type) -> dict[str, FieldInfo]:
 
 def from_text(name: str, text: str, field: FieldInfo) -> Any:
     """A field's value from text, such as a part of a recipe's name; raises `KitError` where it does not fit."""
+    if field.annotation is bool and text not in ("True", "False"):  # pydantic also takes yes, on, 1
+        raise KitError(f"{name} = {text!r} is not allowed: use {allowed(field)}")
     kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     try:
         return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_strings(text)
@@ -64,8 +66,8 @@ def from_text(name: str, text: str, field: FieldInfo) -> Any:
 
 
 def to_text(value: Any) -> str:
-    """The one spelling of a value in a recipe's name: 5.0 is 5."""
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    """The one spelling of a value in a recipe's name: 5.0 is 5, -0.0 is 0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def sentence(error: ValidationError, fields: dict[str, FieldInfo], owner: str, name: str = "") -> str:
@@ -74,7 +76,9 @@ def sentence(error: ValidationError, fields: dict[str, FieldInfo], owner: str, n
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, KitError):  # a field's own rule, which has said it all
         return str(cause)
-    name = name or next((str(part) for part in first["loc"] if str(part) in fields), str(first["loc"][0]))
+    if not name:  # a field is named, or counted where values were given in order
+        part = first["loc"][0]
+        name = str(part) if not isinstance(part, int) else [*fields, f"value number {part + 1}"][min(part, len(fields))]
     if name not in fields:
         return f"{name!r} is no field of {owner}: use {', '.join(fields)}"
     if first["type"] == "missing":

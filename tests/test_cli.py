@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from frlkit import PROJECT, __version__, checkpoint, data, evaluation, models, recipes, runs, training
+from frlkit import PROJECT, __version__, attacks, checkpoint, data, evaluation, models, recipes, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
@@ -102,7 +103,7 @@ class TestEvaluate:
             (["--model", "resnet50"], "model = 'resnet50' is unknown"),
             (["--dataset", "mnist"], "dataset = 'mnist' is unknown"),
             (["--loss", "dlr"], "loss = 'dlr' is unknown"),
-            (["--device", "tpu"], "device = 'tpu' is unknown"),
+            (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
             (["--eps", "-1"], "eps_255 = -1.0"),
             (["--eps", "nan"], "eps_255 = nan"),
             (["--eps", "8/255"], "'8/255' is not a valid float"),
@@ -170,14 +171,20 @@ class TestTrain:
         result = call(*words)
         assert result.exit_code == 0, result.output
         folder = tmp_path / "digits" / "natural" / "seed0"
-        assert sorted(os.listdir(folder)) == ["history.json", "record.json", "weights.pt"]
+        assert sorted(os.listdir(folder)) == sorted(runs.FILES)
         config = recipes.configure("natural", "digits", 0, epochs=1, batch_size=50)
         record = json.loads((folder / "record.json").read_text())
         assert recipes.Config(**record["config"]) == config
-        assert record["weights_sha256"] == checkpoint.digest(checkpoint.read(folder / "weights.pt")["model"])
+        assert record["weights_sha256"] == checkpoint.digest(dict(runs.load(folder, config).state_dict()))
         assert "digits/natural/seed0 epoch 1/1: loss " in result.output
+        last = result.stdout.splitlines()[-1]  # the result in one line
+        for errors in (record["natural"], *(entry["robust"] for entry in record["attacks"])):
+            average, worst = 100 * sum(errors) / 10, 100 * max(errors)
+            assert re.search(rf"{average:.1f}%, worst \d {worst:.1f}%", last)
+        assert re.match(r"natural .* · PGD-20 8/255 .* · PGD-20 16/255 ", last)
+        assert last.endswith(f" · {folder}")
 
-        def train_epoch(*_: Any) -> Any:
+        def train_epoch(*_: Any, **__: Any) -> Any:
             raise AssertionError("trained again")
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
@@ -187,7 +194,7 @@ class TestTrain:
     def test_what_train_wrote_evaluate_reads(self, tiny: Dataset, tmp_path: Path) -> None:
         call("train", "natural", "--dataset", "digits", "--epochs", "1", "--batch-size", "50", "--runs", tmp_path)
         folder = tmp_path / "digits" / "natural" / "seed0"
-        result = call("evaluate", folder / "weights.pt", "--dataset", "digits", "--json", tmp_path / "out.json")
+        result = call("evaluate", folder / runs.WEIGHTS, "--dataset", "digits", "--json", tmp_path / "out.json")
         assert result.exit_code == 0, result.output
         found, record = (json.loads(path.read_text()) for path in (tmp_path / "out.json", folder / "record.json"))
         assert found["natural"] == record["natural"]
@@ -197,6 +204,7 @@ class TestTrain:
     def test_several_seeds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[tuple[recipes.Config, Path]] = []
         monkeypatch.setattr(runs, "run", lambda config, tensors, folder: asked.append((config, folder)))
+        monkeypatch.setattr("frlkit.__main__._result", str)
         words = ("--dataset", "digits", "--seed", "3", "--seed", "5", "--runs", tmp_path)
         assert call("train", "trades", *words).exit_code == 0
         assert [(config.seed, folder.name) for config, folder in asked] == [(3, "seed3"), (5, "seed5")]
@@ -212,8 +220,8 @@ class TestTrain:
             (["natural", "--seed", "-1"], "seed = -1"),
             (["natural", "--seed", "0", "--seed", "-2"], "seed = -2"),
             (["natural", "--dataset", "mnist"], "dataset = 'mnist' is unknown"),
-            (["natural", "--device", "tpu"], "device = 'tpu' is unknown"),
-            ([], "Missing argument 'RECIPE'"),
+            (["natural", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+            ([], "Missing argument 'RECIPE'. Use one of natural, pgd_at_half"),
         ],
     )
     def test_bad_words(self, tmp_path: Path, words: list[str], said: str) -> None:
@@ -231,8 +239,9 @@ class TestTrain:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(runs, "run", run)
-        said = sentence(call("train", "natural", "--dataset", "digits", "--runs", tmp_path))
-        assert "the same command goes on from here" in said
+        result = call("train", "natural", "--dataset", "digits", "--runs", tmp_path)
+        assert "the same command goes on from here" in sentence(result)
+        assert result.exit_code == 130
 
     def test_runs_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
@@ -246,31 +255,31 @@ class TestTrain:
 
 class TestVerify:
     @pytest.fixture
-    def runs(self, tmp_path: Path) -> Path:
+    def made(self, tmp_path: Path) -> Path:
         assert call("train", "natural", "--dataset", "digits", "--epochs", 1, "--runs", tmp_path).exit_code == 0
         return tmp_path
 
-    def test_a_true_record(self, runs: Path) -> None:
-        result = call("verify", "--dataset", "digits", "--runs", runs)
+    def test_a_true_record(self, made: Path) -> None:
+        result = call("verify", "--dataset", "digits", "--runs", made)
         assert result.exit_code == 0, result.output
         assert "  0.00 points  natural/seed0" in result.stdout
         assert result.stdout.endswith("1 runs recomputed; largest class-wise difference 0.00 points\n")
 
-    def test_an_altered_record(self, runs: Path) -> None:
-        path = runs / "digits" / "natural" / "seed0" / "record.json"
+    def test_an_altered_record(self, made: Path) -> None:
+        path = made / "digits" / "natural" / "seed0" / "record.json"
         record = json.loads(path.read_text())
         record["attacks"][1]["robust"][3] -= 0.2
         path.write_text(json.dumps(record))
-        result = call("verify", "--dataset", "digits", "--runs", runs)
+        result = call("verify", "--dataset", "digits", "--runs", made)
         assert result.exit_code == 1
         assert result.stderr == "Error: a record differs by 20.00 points: more than --tolerance 0.5\n"
 
-    def test_other_weights(self, runs: Path) -> None:
-        place = runs / "digits" / "natural" / "seed0"
-        state = checkpoint.read(place / "weights.pt")
-        state["model"]["fc2.bias"][0] += 1
-        checkpoint.save(place / "weights.pt", state)
-        assert "record.json belongs to other weights" in sentence(call("verify", "--dataset", "digits", "--runs", runs))
+    def test_other_weights(self, made: Path) -> None:
+        place = made / "digits" / "natural" / "seed0"
+        model, config = runs.read_weights(place / runs.WEIGHTS)
+        state = {name: value + 1 for name, value in model.state_dict().items()}
+        runs.write_weights(place / runs.WEIGHTS, state, config, 10)
+        assert "record.json belongs to other weights" in sentence(call("verify", "--dataset", "digits", "--runs", made))
 
     def test_no_runs(self, tmp_path: Path) -> None:
         assert "there are no finished runs of digits" in sentence(
@@ -299,6 +308,41 @@ class TestAsAProcess:
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert json.loads((tmp_path / "out.json").read_text())["images"] == 360
+
+
+def test_quiet_prints_nothing_but_errors(tmp_path: Path) -> None:
+    words = ("--dataset", "digits", "--epochs", "1", "--runs", tmp_path)
+    result = call("-q", "train", "natural", *words)
+    assert (result.exit_code, result.output) == (0, "")
+    assert (tmp_path / "digits" / "natural" / "seed0" / "record.json").exists()
+    assert sentence(call("--quiet", "train", "fgsm", *words)).startswith("Error: recipe = 'fgsm' is unknown")
+
+
+def test_the_recipes_are_listed_with_source_and_title() -> None:
+    lines = call("recipes").stdout.splitlines()
+    assert len(lines) == len(recipes.RECIPES)
+    for line, (name, recipe) in zip(lines, recipes.RECIPES.items(), strict=True):
+        assert line.split("  ")[0].strip() == name
+        assert recipe.source in line
+        assert line.endswith(recipe.title)
+
+
+def test_help_names_the_choices() -> None:
+    for command, choices in (
+        ("train", [*data.READERS, "folder:PATH", "auto|cpu|cuda"]),
+        ("evaluate", [*models.MODELS, *attacks.LOSSES]),
+        ("sweep", ["local|ray|dask"]),
+    ):
+        shown = re.sub(r"\s+", "", call(command, "--help").stdout)
+        assert all(choice in shown for choice in choices)
+
+
+def test_completion_offers_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, offered in (("train pgd", ["pgd_at_half", "pgd_at"]), ("evaluate --loss k", ["kl"])):
+        monkeypatch.setenv("COMP_WORDS", f"frlkit {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        result = CliRunner().invoke(main, env={"_FRLKIT_COMPLETE": "bash_complete"}, prog_name="frlkit")
+        assert [line.partition(",")[2] for line in result.stdout.splitlines()] == offered
 
 
 def test_version_and_help() -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import frlkit
-from frlkit import checkpoint, distributed
+from frlkit import distributed, runs
 
 # Every method's gradients on one batch, from weights and batch that all processes agree on; file name: the argument.
 GRADIENTS = """
 import sys, torch
 from pathlib import Path
-from frlkit import data, distributed, fairness, models, training
+from frlkit import data, distributed, fairness, losses, models, recipes
 from frlkit.evaluation import stream
 
 torch.set_num_threads(1)
@@ -71,8 +71,8 @@ def test_a_shared_run_is_written_once_and_equals_one_process(tmp_path: Path) -> 
     assert found == sorted(
         file.relative_to(tmp_path / "alone") for file in (tmp_path / "alone").rglob("*") if file.is_file()
     )
-    for name in (file for file in found if file.name == "weights.pt"):
-        ours, theirs = (checkpoint.read(tmp_path / place / name)["model"] for place in ("shared", "alone"))
+    for name in (file for file in found if file.name == runs.WEIGHTS):
+        ours, theirs = (runs.read_weights(tmp_path / place / name)[0].state_dict() for place in ("shared", "alone"))
         for key in theirs:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)
     for name in (file for file in found if file.name == "record.json"):

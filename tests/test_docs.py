@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from frlkit import PROJECT, KitError, checkpoint, recipes
+from frlkit import PROJECT, KitError, checkpoint, recipes, records, runs
 from frlkit.__main__ import main
-from frlkit.evaluation import read_record
 from frlkit.report import documents
 
 README = (PROJECT / "README.md").read_text()
@@ -45,23 +44,23 @@ def test_an_unknown_table_is_refused(copies: Path) -> None:
 def test_shipped_runs_are_what_their_folders_say_and_all_different() -> None:
     """No figure can show one model under two names: every run has its own weights, record and history agree."""
     seen: dict[str, str] = {}
-    folders = sorted(path.parent for path in (PROJECT / "checkpoints" / "fashion_mnist").glob("*/seed*/weights.pt"))
+    folders = runs.finished(PROJECT / "checkpoints" / "fashion_mnist")
     assert len(folders) >= 20
     for folder in folders:
         recipe, seed = folder.parent.name, int(folder.name.removeprefix("seed"))
-        state = checkpoint.read(folder / "weights.pt")
+        model, config = runs.read_weights(folder / runs.WEIGHTS)
         wanted = recipes.configure(recipe, "fashion_mnist", seed)
-        assert state["config"] == recipes.described(wanted)
-        weights = checkpoint.digest(state["model"])
+        assert config == recipes.described(wanted)
+        weights = checkpoint.digest(dict(model.state_dict()))
         assert seen.setdefault(weights, str(folder)) == str(folder)
-        record, history = (read_record(folder / f"{name}.json") for name in ("record", "history"))
-        assert record["config"] == history["config"] == state["config"]
+        record, history = records.read(folder / "record.json"), records.read_history(folder / "history.json")
+        assert record["config"] == history["config"] == config
         assert record["weights_sha256"] == weights
         assert record["images"] == 10_000
         assert len(history["epochs"]) == wanted.epochs
-        if "start" in history:
-            start = checkpoint.read(folder.parents[1] / wanted.start / folder.name / "weights.pt")
-            assert history["start"]["sha256"] == checkpoint.digest(start["model"])
+        if "start" in history and wanted.start != "random":
+            start = records.read(runs.start_folder(wanted, folder) / "record.json")
+            assert history["start"]["sha256"] == start["weights_sha256"]
 
 
 def test_commands_exist() -> None:

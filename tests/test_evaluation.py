@@ -231,7 +231,7 @@ class TestRecord:
         path = tmp_path / "record.json"
         first = records.evaluate(model, tiny, [QUICK, OTHER], path=path)
         before = path.read_bytes()
-        monkeypatch.setattr(evaluation, "class_errors", never)
+        monkeypatch.setattr(records, "class_errors", never)
         assert records.evaluate(model, tiny, [QUICK, OTHER], path=path) == first
         assert records.evaluate(model, tiny, [OTHER], path=path) == first
         assert path.read_bytes() == before
@@ -248,7 +248,7 @@ class TestRecord:
             computed.append(attack)
             return straight(model, split, attack)
 
-        monkeypatch.setattr(evaluation, "class_errors", spy)
+        monkeypatch.setattr(records, "class_errors", spy)
         record = records.evaluate(model, tiny, [OTHER, QUICK], path=path)
         assert computed == [OTHER]
         assert [Attack(**entry["attack"]) for entry in record["attacks"]] == [QUICK, OTHER]
@@ -264,7 +264,7 @@ class TestRecord:
                 raise KeyboardInterrupt
             return straight(model, split, attack)
 
-        monkeypatch.setattr(evaluation, "class_errors", stop_at_other)
+        monkeypatch.setattr(records, "class_errors", stop_at_other)
         with pytest.raises(KeyboardInterrupt):
             records.evaluate(model, tiny, [QUICK, OTHER], path=path)
         (entry,) = json.loads(path.read_text())["attacks"]

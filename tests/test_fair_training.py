@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import StoppedError, assert_same_run
+from test_training import StoppedError, assert_same_run, weights_of
 from torch import Tensor, nn
 
 from frlkit import PROJECT, KitError, checkpoint, evaluation, fairness, losses, models, recipes, records, runs, training
@@ -41,8 +41,8 @@ def fair(recipe: str, **values: Any) -> FairConfig:
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard attacks with two steps: their strength is not what is tested here."""
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    monkeypatch.setattr(records.evaluate, "__defaults__", (quick,))
-    monkeypatch.setattr(training, "watched", lambda: False)
+    monkeypatch.setattr(records, "standard", lambda dataset: quick)
+    monkeypatch.setattr(runs, "watched", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ class TestFairConfig:
             *((name, value) for name in ("predicted_targets", "unshuffled_labels") for value in (0, "False", None)),
             *(("strength", value) for value in (-1.0, math.nan, "1")),
             *(("chosen", value) for value in (-1, 1.0, True)),
-            *(("start", value) for value in ("uniform", "pgd", None)),
+            *(("start", value) for value in ("dafa", "pgd", None)),
             *((name, value) for name in ("start_epochs", "updates") for value in (0, 1.0, True)),
             *(("measure_255", value) for value in (-1, 256, math.nan)),
             *(("update_images", value) for value in (-1, 10.0, None)),
@@ -117,13 +117,13 @@ class TestFairConfig:
         ("variation", "words"),
         [
             ("betta=6", "'betta' is no field of a run of uniform"),
-            ("beta", "beta = '' is not allowed: use a float"),
+            ("beta", "beta = '' is not allowed: use a number from 0 to 1,000,000"),
             ("beta=", "beta = '' is not allowed"),
-            ("beta=six", "beta = 'six' is not allowed: use a float"),
-            ("beta=nan", "beta = nan is not allowed"),
-            ("steps=2.5", "steps = '2.5' is not allowed: use a int"),
-            ("accumulate=yes", "accumulate = 'yes' is not allowed: use a bool"),
-            ("accumulate=0", "accumulate = '0' is not allowed: use a bool"),
+            ("beta=six", "beta = 'six' is not allowed: use a number from 0 to 1,000,000"),
+            ("beta=nan", "beta = 'nan' is not allowed"),
+            ("steps=2.5", "steps = '2.5' is not allowed: use a whole number from 1 to 100,000"),
+            ("accumulate=yes", "accumulate = 'yes' is not allowed: use True or False"),
+            ("accumulate=0", "accumulate = '0' is not allowed: use True or False"),
             ("target=boundry", "target = 'boundry' is unknown"),
             ("", "'' is no field"),
             ("METHODS=x", "'METHODS' is no field"),
@@ -303,7 +303,7 @@ class TestRadii:
             assert kl == (method == "frl")
             return x
 
-        monkeypatch.setattr(training, "pgd", spy)
+        monkeypatch.setattr(losses, "pgd", spy)
         model, x, y = small()
         config = FairConfig(**METHODS[method], step=step, steps=9, eps_255=10.0, step_255=3.0)
         losses.loss(model, x, y, config, stream(0), BALANCE)
@@ -318,7 +318,7 @@ class TestRadii:
 
     def test_the_largest_step_is_the_batchs_not_the_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes: list[Tensor] = []
-        monkeypatch.setattr(training, "pgd", lambda model, x, y, eps, step, *_, **__: sizes.append(step) or x)
+        monkeypatch.setattr(losses, "pgd", lambda model, x, y, eps, step, *_, **__: sizes.append(step) or x)
         model, x, y = small()
         y = y.clamp(max=0)  # only class 0: factor 1, although class 1 has 2
         losses.loss(model, x, y, FairConfig("frl", step="largest", step_255=3.0), stream(0), BALANCE)
@@ -329,8 +329,8 @@ class TestRadii:
         model, x, y = small()
         x, seen = 0.4 + 0.2 * x, []
         with pytest.MonkeyPatch.context() as patch:
-            straight = training.pgd
-            patch.setattr(training, "pgd", lambda *a, **n: seen.append(straight(*a, **n)) or seen[-1])
+            straight = losses.pgd
+            patch.setattr(losses, "pgd", lambda *a, **n: seen.append(straight(*a, **n)) or seen[-1])
             losses.loss(model, x, y, FairConfig("frl", eps_255=8.0, step_255=2.0, steps=8), stream(0), BALANCE)
         moved = (seen[0] - x).abs().flatten(1).amax(1)
         torch.testing.assert_close(moved, 8 / 255 * BALANCE.radius_factors[y])
@@ -348,7 +348,7 @@ class TestLabelsOfShuffledImages:
     """The report's fault: images are shuffled, their labels are not."""
 
     def losses(self, monkeypatch: pytest.MonkeyPatch, y: Tensor, unshuffled: bool) -> float:
-        monkeypatch.setattr(training, "pgd", lambda model, x, *_, **__: x)
+        monkeypatch.setattr(losses, "pgd", lambda model, x, *_, **__: x)
         x = (y.float() / 10).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
         config = FairConfig("report_remargin", attacked=0.5, unshuffled_labels=unshuffled)
         balance = Setting(torch.full((10,), 0.1), torch.full((10,), 0.1), torch.ones(10))
@@ -445,15 +445,17 @@ class TestStart:
         begun: list[dict[str, Tensor]] = []
         straight = training.train_epoch
 
-        def train_epoch(model: nn.Module, optimizer: Any, split: Split, config: Config, *rest: Any) -> Iterator[Any]:
+        def train_epoch(
+            model: nn.Module, optimizer: Any, split: Split, config: Config, *rest: Any, **names: Any
+        ) -> Iterator[Any]:
             assert isinstance(config, FairConfig), "the start was trained again"
             begun.append({name: value.clone() for name, value in model.state_dict().items()})
-            yield from straight(model, optimizer, split, config, *rest)
+            yield from straight(model, optimizer, split, config, *rest, **names)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         place = place_of(tmp_path, start, "algorithm1_both")
         model = runs.run(fair("algorithm1_both", epochs=2), tiny, place)
-        finished = checkpoint.read(start / "weights.pt")["model"]
+        finished = weights_of(start)
         assert len(begun) == 2
         for name, value in finished.items():
             assert torch.equal(begun[0][name], value), name
@@ -465,18 +467,15 @@ class TestStart:
         config = fair("uniform", epochs=1)
         place = runs.folder(tmp_path, "uniform", config)
         runs.run(config, tiny, place)
-        found, expected = (
-            checkpoint.read(folder / "weights.pt") for folder in (tmp_path / "digits" / "pgd_at" / "seed0", start)
-        )
-        assert found["config"] == expected["config"]
-        assert checkpoint.digest(found["model"]) == checkpoint.digest(expected["model"])
+        trained = tmp_path / "digits" / "pgd_at" / "seed0"
+        assert (trained / runs.WEIGHTS).read_bytes() == (start / runs.WEIGHTS).read_bytes()
 
     def test_seed_model_and_length_of_the_start(self, tiny: Dataset, tmp_path: Path) -> None:
         config = recipes.configure("uniform,start=natural", "digits", 4, **{**QUICK, "epochs": 1, "start_epochs": 2})
         runs.run(config, tiny, runs.folder(tmp_path, "mine", config))
         assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["mine", "natural"]
         assert [path.name for path in (tmp_path / "digits" / "natural").iterdir()] == ["seed4"]
-        found = checkpoint.read(tmp_path / "digits" / "natural" / "seed4" / "weights.pt")["config"]
+        _, found = runs.read_weights(tmp_path / "digits" / "natural" / "seed4" / runs.WEIGHTS)
         assert Config(**found) == Config("natural", "digits", seed=4, epochs=2, batch_size=64)
 
     def test_a_start_of_another_length_is_refused(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
@@ -508,8 +507,10 @@ def stop_after(
     """Run until `allowed` batches of the retraining run (`kind` Config: of any run) are trained, then fail."""
     straight, trained = training.train_epoch, []
 
-    def train_epoch(model: nn.Module, optimizer: Any, split: Split, config: Config, *rest: Any) -> Iterator[Any]:
-        for item in straight(model, optimizer, split, config, *rest):
+    def train_epoch(
+        model: nn.Module, optimizer: Any, split: Split, config: Config, *rest: Any, **names: Any
+    ) -> Iterator[Any]:
+        for item in straight(model, optimizer, split, config, *rest, **names):
             if isinstance(config, kind):
                 if len(trained) == allowed:
                     raise StoppedError
@@ -598,7 +599,7 @@ class TestResume:
             state["multipliers"][part][3] += 0.3
         checkpoint.save(changed / "checkpoint.pt", state)
         runs.run(config, tiny, changed)
-        weights = [checkpoint.read(place / "weights.pt")["model"]["fc2.bias"] for place in (straight, changed)]
+        weights = [weights_of(place)["fc2.bias"] for place in (straight, changed)]
         assert torch.equal(*weights) == (part is None)
 
 
@@ -621,12 +622,12 @@ class TestMeasuring:
         monkeypatch.setattr(evaluation, "class_similarity", spy(evaluation.class_similarity))
         straight = training.train_epoch
 
-        def train_epoch(model: nn.Module, optimizer: Any, split: Split, *rest: Any) -> Iterator[Any]:
+        def train_epoch(model: nn.Module, optimizer: Any, split: Split, *rest: Any, **names: Any) -> Iterator[Any]:
             trained.append(split)
-            yield from straight(model, optimizer, split, *rest)
+            yield from straight(model, optimizer, split, *rest, **names)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
-        monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: None)
+        monkeypatch.setattr(records, "evaluate", lambda *_, **__: None)
         runs.run(config, tiny, place)
         return measured, trained
 
@@ -737,7 +738,7 @@ class TestMeasuring:
         config, place = fair("algorithm1_both", epochs=2), place_of(tmp_path, start, "algorithm1_both")
         model = runs.run(config, tiny, place)
         history = history_of(place)
-        assert set(history) == {"config", "kernel", "threads", "versions", "start", "epochs"}
+        assert set(history) == {"config", "data_sha256", "made_by", "kernel", "threads", "versions", "start", "epochs"}
         assert FairConfig(**history["config"]) == config
         assert set(history["start"]) == {"sha256", "validation"}
         assert len(history["epochs"]) == 2
@@ -756,7 +757,7 @@ class TestMeasuring:
         ):
             errors = evaluation.class_errors(trained, tiny.validation, Attack())
             assert found["validation"] == {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
-        assert sorted(path.name for path in place.iterdir()) == ["history.json", "record.json", "weights.pt"]
+        assert sorted(path.name for path in place.iterdir()) == sorted(runs.FILES)
 
     def test_one_class_alone_gets_the_larger_radius(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
         place = place_of(tmp_path, start, "one_class,chosen=6")
@@ -771,7 +772,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from frlkit import training
+from frlkit import recipes, runs, training
 from frlkit.data import Dataset, Split
 
 folder = Path(sys.argv[1])
@@ -779,8 +780,8 @@ tensors = torch.load(folder / "data.pt")
 tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
 straight = training.train_epoch
 
-def train_epoch(model, optimizer, split, config, epoch, part, balance):
-    for item in straight(model, optimizer, split, config, epoch, part, balance):
+def train_epoch(model, optimizer, split, config, epoch, part, *rest):
+    for item in straight(model, optimizer, split, config, epoch, part, *rest):
         yield item
         if epoch == 1 and part[0] == 1:  # the multipliers too have changed since the checkpoint
             print("IN THE MIDDLE", flush=True)

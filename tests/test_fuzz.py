@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,11 +15,12 @@ from click.testing import CliRunner
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from frlkit import KitError, checkpoint, data, evaluation, models, notebook, recipes, training
+from frlkit import KitError, checkpoint, data, evaluation, models, notebook, recipes, records, runs
 from frlkit.__main__ import main
 from frlkit.audit.weights import load_weights
 from frlkit.data import Dataset
 from frlkit.sources import Source, of_arrays
+from frlkit.values import fields_of
 
 fuzz = settings(max_examples=150, derandomize=True, database=None, deadline=None)
 
@@ -95,7 +96,7 @@ class TestConfigurations:
     @fuzz
     @given(st.sampled_from([*recipes.BASE, "algorithm1_both", "dafa"]), st.data())
     def test_fields(self, recipe: str, data: st.DataObject) -> None:
-        fields = st.sampled_from([*training.RANGES, "method", "colour"])
+        fields = st.sampled_from([*fields_of(recipes.FairConfig), "colour"])
         values = data.draw(
             st.dictionaries(fields.filter(lambda name: name not in ("dataset", "seed")), VALUES, max_size=2)
         )
@@ -106,8 +107,12 @@ class TestConfigurations:
         else:
             for name, value in values.items():
                 assert getattr(config, name) == value
-                low, high, allowed = training.RANGES.get(name, (0, 0, config.METHODS))
-                assert value in allowed if allowed else low <= value <= high
+                field = fields_of(type(config))[name]
+                if allowed := get_args(field.annotation):
+                    assert value in allowed
+                for part in field.metadata:
+                    assert value >= getattr(part, "ge", value) and value <= getattr(part, "le", value)
+                    assert not value <= getattr(part, "gt", -math.inf) and not value >= getattr(part, "lt", math.inf)
 
     @fuzz
     @given(VALUES, VALUES)
@@ -158,8 +163,8 @@ class TestCommandLine:
         def accepted(*_: Any, **__: Any) -> Any:
             raise KitError("accepted")
 
-        monkeypatch.setattr(training, "run", accepted)
-        monkeypatch.setattr(evaluation, "evaluate", accepted)
+        monkeypatch.setattr(runs, "run", accepted)
+        monkeypatch.setattr(records, "evaluate", accepted)
         parts = {name: of_arrays(name, split.images[:, 0].numpy(), split.labels) for name, split in tiny.splits.items()}
         few = Source(tiny.class_names, parts, form=(32, 1), keep=False)
         monkeypatch.setitem(data.READERS, "digits", lambda: few)

@@ -84,7 +84,8 @@ def test_an_interrupted_climb_goes_on(
 
 def test_other_weights_or_images_are_refused(model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
     part, path = ladder.subset(tiny.test, 10, 10), tmp_path / "ladder.json"
-    ladder.checkpoint.write_json(path, {"weights_sha256": "other", "rungs": [], "fell": []})
+    record = ladder.climb(model, part, 8.0, path)
+    ladder.checkpoint.write_json(path, {**record, "weights_sha256": "other"})
     with pytest.raises(KitError, match="weights_sha256 is 'other' there"):
         ladder.climb(model, part, 8.0, path)
 

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from frlkit import (
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack, stream
 from frlkit.recipes import Config
+from frlkit.values import fields_of
 
 SMALL = {"dataset": "digits", "epochs": 3, "batch_size": 64, "steps": 2}
 RUNS = {
@@ -52,12 +54,12 @@ RUNS = {
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard attacks with two steps: their strength is not what is tested here."""
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    monkeypatch.setattr(records.evaluate, "__defaults__", (quick,))
+    monkeypatch.setattr(records, "standard", lambda dataset: quick)
 
 
 @pytest.fixture
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "watched", lambda: False)
+    monkeypatch.setattr(runs, "watched", lambda: False)
 
 
 def without_seconds(history: dict[str, Any]) -> dict[str, Any]:
@@ -65,16 +67,22 @@ def without_seconds(history: dict[str, Any]) -> dict[str, Any]:
     return {**history, "epochs": epochs}
 
 
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """A finished run's tensors by name."""
+    return dict(runs.read_weights(folder / runs.WEIGHTS)[0].state_dict())
+
+
 def assert_same_run(first: Path, second: Path) -> None:
-    """Weights bit for bit, histories but for the time they took, records."""
-    weights = [checkpoint.read(folder / "weights.pt")["model"] for folder in (first, second)]
+    """Weights bit for bit, histories but for the time they took, records, outcomes."""
+    weights = [weights_of(folder) for folder in (first, second)]
     assert list(weights[0]) == list(weights[1])
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), name
     histories = [json.loads((folder / "history.json").read_text()) for folder in (first, second)]
     assert without_seconds(histories[0]) == without_seconds(histories[1])
-    records = [json.loads((folder / "record.json").read_text()) for folder in (first, second)]
-    assert records[0] == records[1]
+    found = [json.loads((folder / "record.json").read_text()) for folder in (first, second)]
+    assert found[0] == found[1]
+    assert (first / records.OUTCOMES).read_bytes() == (second / records.OUTCOMES).read_bytes()
 
 
 class StoppedError(Exception):
@@ -85,9 +93,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
     """Make training fail at a batch of an epoch, both counted from 0."""
     straight = training.train_epoch
 
-    def train_epoch(*arguments: Any) -> Iterator[tuple[int, float]]:
-        for number, item in enumerate(straight(*arguments)):
-            if (arguments[-1], number) == (epoch, batch):
+    def train_epoch(*arguments: Any, **names: Any) -> Iterator[tuple[int, float]]:
+        for number, item in enumerate(straight(*arguments, **names)):
+            if (arguments[4], number) == (epoch, batch):
                 raise StoppedError
             yield item
 
@@ -126,8 +134,14 @@ class TestConfig:
         with pytest.raises(KitError, match="^lr = 1000"):
             Config("natural", lr=10**400)
 
-    def test_every_field_has_a_range(self) -> None:
-        assert {"method", "dataset", *training.RANGES} == set(recipes.FairConfig.__dataclass_fields__) - {"METHODS"}
+    def test_every_field_has_limits(self) -> None:
+        """A number has both ends (the share of a decay one of them open), a text its list."""
+        for name, field in fields_of(recipes.FairConfig).items():
+            if field.annotation in (int, float):
+                ends = {key for part in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(part, key)}
+                assert len(ends & {"ge", "gt"}) == len(ends & {"le", "lt"}) == 1, name
+            else:
+                assert field.annotation is bool or get_args(field.annotation) or name == "dataset", name
 
     def test_unknown_field_of_a_recipe(self) -> None:
         with pytest.raises((KitError, TypeError), match="'epoch'"):
@@ -158,8 +172,10 @@ class TestLearningRate:
         rates: list[float] = []
         straight = training.train_epoch
 
-        def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> Iterator[tuple[int, float]]:
-            for batch in straight(model, optimizer, *rest):
+        def train_epoch(
+            model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any, **names: Any
+        ) -> Iterator[tuple[int, float]]:
+            for batch in straight(model, optimizer, *rest, **names):
                 rates.extend(group["lr"] for group in optimizer.param_groups)
                 yield batch
 
@@ -205,7 +221,7 @@ class TestLoss:
             calls.append((x, attack))
             return 1 - x  # recognisable
 
-        monkeypatch.setattr(training, "pgd", spy)
+        monkeypatch.setattr(losses, "pgd", spy)
         x, y = tiny.train.batch(slice(0, size))
         config = Config("pgd_at", attacked=share, eps_255=4, step_255=1.5, steps=3)
         found = losses.loss(model, x, y, config, stream(0))
@@ -341,7 +357,7 @@ class TestRun:
                 torch.manual_seed(100 * epoch)  # whatever the global state is
                 runs.run(RUNS[name], tiny, tmp_path / "stopped")
             assert (tmp_path / "stopped" / "checkpoint.pt").exists() == (epoch > 0)
-            assert not (tmp_path / "stopped" / "weights.pt").exists()
+            assert not (tmp_path / "stopped" / runs.WEIGHTS).exists()
         resumed = runs.run(RUNS[name], tiny, tmp_path / "stopped")
         assert_same_run(tmp_path / "straight", tmp_path / "stopped")
         for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
@@ -360,25 +376,22 @@ class TestRun:
             runs.run(RUNS["pgd_at"], tiny, tmp_path / "stopped")
         assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
-    @pytest.mark.parametrize("function", ["write_json", "save", "evaluate"])
+    @pytest.mark.parametrize("function", ["write_json", "write_weights", "evaluate"])
     def test_stopped_after_the_last_epoch(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
     ) -> None:
         """Between the last checkpoint and the finished files: nothing is trained twice, nothing is lost."""
         runs.run(RUNS["natural"], tiny, tmp_path / "straight")
-        module = evaluation if function == "evaluate" else checkpoint
-        function_itself = getattr(module, function)
+        module = {"write_json": checkpoint, "write_weights": runs, "evaluate": records}[function]
 
-        def fail(*arguments: Any, **names: Any) -> Any:
-            if function != "save" or Path(arguments[0]).name == "weights.pt":
-                raise StoppedError
-            return function_itself(*arguments, **names)
+        def fail(*_: Any, **__: Any) -> Any:
+            raise StoppedError
 
         with monkeypatch.context() as patch, pytest.raises(StoppedError):
             patch.setattr(module, function, fail)
             runs.run(RUNS["natural"], tiny, tmp_path / "stopped")
 
-        def train_epoch(*_: Any) -> Iterator[tuple[int, float]]:
+        def train_epoch(*_: Any, **__: Any) -> Iterator[tuple[int, float]]:
             raise AssertionError("trained again")
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
@@ -390,13 +403,13 @@ class TestRun:
     ) -> None:
         first = runs.run(RUNS["natural"], tiny, tmp_path)
         files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        assert sorted(files) == ["history.json", "record.json", "weights.pt"]
+        assert sorted(files) == sorted(runs.FILES)
 
         def never(*_: Any, **__: Any) -> Any:
             raise AssertionError("computed again")
 
         monkeypatch.setattr(training, "train_epoch", never)
-        monkeypatch.setattr(evaluation, "class_errors", never)
+        monkeypatch.setattr(records, "class_errors", never)
         again = runs.run(RUNS["natural"], tiny, tmp_path)
         for ours, theirs in zip(again.parameters(), first.parameters(), strict=True):
             assert torch.equal(ours, theirs)
@@ -437,19 +450,18 @@ class TestRun:
 
     def test_damaged_weights_are_refused(self, tiny: Dataset, tmp_path: Path) -> None:
         runs.run(RUNS["natural"], tiny, tmp_path)
-        (tmp_path / "weights.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:-500])
-        with pytest.raises(KitError, match=r"weights\.pt is no whole file"):
+        (tmp_path / runs.WEIGHTS).write_bytes((tmp_path / runs.WEIGHTS).read_bytes()[:-500])
+        with pytest.raises(KitError, match=r"weights\.safetensors is no weights file of a finished run"):
             runs.run(RUNS["natural"], tiny, tmp_path)
 
     def test_another_kind_of_file_in_the_weights_place_is_refused(self, tiny: Dataset, tmp_path: Path) -> None:
         folder = tmp_path / "digits" / "natural" / "seed0"
         runs.run(RUNS["natural"], tiny, folder)
-        state = checkpoint.read(folder / "weights.pt")
-        del state["num_classes"]
-        checkpoint.save(folder / "weights.pt", state)
-        with pytest.raises(KitError, match=r"weights\.pt is no weights file of a finished run: it has no num_classes"):
+        path = folder / runs.WEIGHTS
+        path.write_bytes(safetensors.torch.save(weights_of(folder)))  # the tensors alone
+        with pytest.raises(KitError, match=r"weights\.safetensors is no weights file of a finished run"):
             runs.run(RUNS["natural"], tiny, folder)
-        with pytest.raises(KitError, match=r"weights\.pt is no weights file of a finished run: it has no num_classes"):
+        with pytest.raises(KitError, match=r"weights\.safetensors is no weights file of a finished run"):
             list(runs.verify(tmp_path, tiny))
 
     def test_divergence_names_the_place_and_keeps_the_checkpoint(
@@ -457,11 +469,10 @@ class TestRun:
     ) -> None:
         runs.run(RUNS["natural"], tiny, tmp_path / "straight")
         calls = []
-        loss = losses.loss
 
         def nan_at_the_seventh(*arguments: Any) -> Tensor:
             calls.append(None)
-            return loss(*arguments) * (math.nan if len(calls) == 7 else 1)
+            return losses.loss(*arguments) * (math.nan if len(calls) == 7 else 1)
 
         with monkeypatch.context() as patch:
             patch.setattr(training, "loss", nan_at_the_seventh)
@@ -476,7 +487,9 @@ class TestRun:
         config = RUNS["pgd_at"]
         model = runs.run(config, tiny, tmp_path)
         history = json.loads((tmp_path / "history.json").read_text())
-        assert set(history) == {"config", "kernel", "threads", "versions", "epochs"}
+        assert set(history) == {"config", "data_sha256", "made_by", "kernel", "threads", "versions", "epochs"}
+        assert history["made_by"] == [{key: history[key] for key in ("kernel", "threads", "versions")}]
+        assert history["data_sha256"] == tiny.fingerprint
         assert Config(**history["config"]) == config
         assert history["threads"] == torch.get_num_threads()
         assert history["kernel"] in ("native", "portable")
@@ -495,9 +508,9 @@ class TestRun:
         assert Config(**record["config"]) == config
         assert [entry["attack"]["eps_255"] for entry in record["attacks"]] == [8, 16]
         assert record["images"] == 50
-        weights = checkpoint.read(tmp_path / "weights.pt")
-        assert set(weights) == {"config", "num_classes", "model"}
-        assert record["weights_sha256"] == checkpoint.digest(weights["model"])
+        kept, found = runs.read_weights(tmp_path / runs.WEIGHTS)
+        assert found == recipes.described(config)
+        assert record["weights_sha256"] == checkpoint.digest(dict(kept.state_dict()))
 
     def test_training_learns(self, tiny: Dataset, tmp_path: Path) -> None:
         runs.run(replace(RUNS["natural"], epochs=12, lr=0.005), tiny, tmp_path)
@@ -539,7 +552,7 @@ class TestProgress:
     def test_a_bar_and_no_lines_where_someone_does(
         self, tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(training, "watched", lambda: True)
+        monkeypatch.setattr(runs, "watched", lambda: True)
         runs.run(RUNS["natural"], tiny, tmp_path)
         out, err = capfd.readouterr()
         assert out == ""
@@ -561,7 +574,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from frlkit import training
+from frlkit import recipes, runs, training
 from frlkit.data import Dataset, Split
 
 folder = Path(sys.argv[1])
@@ -569,8 +582,8 @@ tensors = torch.load(folder / "data.pt")
 tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
 straight = training.train_epoch
 
-def train_epoch(model, optimizer, split, config, epoch):
-    for number, item in enumerate(straight(model, optimizer, split, config, epoch)):
+def train_epoch(model, optimizer, split, config, epoch, **names):
+    for number, item in enumerate(straight(model, optimizer, split, config, epoch, **names)):
         yield item
         if epoch == 1 and number == 2:  # the weights have changed since the checkpoint
             print("IN THE MIDDLE", flush=True)
@@ -666,9 +679,9 @@ class TestStudy:
         trained: list[int] = []
         straight: Callable[..., Any] = training.train_epoch
 
-        def train_epoch(*arguments: Any) -> Iterator[tuple[int, float]]:
+        def train_epoch(*arguments: Any, **names: Any) -> Iterator[tuple[int, float]]:
             trained.append(arguments[3].seed)
-            yield from straight(*arguments)
+            yield from straight(*arguments, **names)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         records, _ = runs.study(["natural"], [0, 1, 2], "digits", finished, tiny, **self.VALUES)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from frlkit import KitError, checkpoint, disk, evaluation, kernels, records
 from frlkit.attacks import evaluating, logits, pgd
@@ -22,6 +24,35 @@ from frlkit.evaluation import Attack
 
 CLEAN, AUTOATTACK = "clean", "AutoAttack (standard)"
 CHUNK = 100  # images between two writes of the progress
+
+
+def _whole(record: dict[str, Any]) -> dict[str, Any]:
+    """Labels are those of a `subset`, and every image fell at a rung, at none, or is not yet attacked."""
+    labels, fell, rungs = (record[key] for key in ("labels", "fell", "rungs"))
+    classes = labels[-1] + 1
+    if labels != [label for label in range(classes) for _ in range(len(labels) // classes)]:
+        raise KitError("its labels are not class by class, equally many of each")
+    if len(fell) != len(labels) or not all(-1 <= number <= len(rungs) for number in fell):
+        raise KitError(f"fell is not one number from -1 to {len(rungs)} for each of {len(labels)} images")
+    return record
+
+
+class _Ladder(TypedDict):
+    __pydantic_config__ = records.OPEN
+    weights_sha256: str
+    images_sha256: str
+    eps_255: Annotated[float, Field(ge=0, le=255)]
+    rungs: Annotated[list[str], Field(min_length=1)]
+    labels: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    fell: list[int]
+
+
+_SCHEMA: TypeAdapter[Any] = TypeAdapter(Annotated[_Ladder, AfterValidator(_whole)])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a ladder's record; raises `KitError` where it is missing, no JSON, or not what such a record is."""
+    return records.read_as(path, _SCHEMA, "ladder")
 
 
 def rungs(eps_255: float) -> dict[str, Attack | None]:
@@ -46,7 +77,8 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
 
     The record's ``fell`` holds, image by image, the number of the first rung that fools the model, or the number of
     rungs where none does. Images not yet attacked have -1. AutoAttack comes from torchattacks, which has to be
-    installed; raises `KitError` where it is not, or where the file belongs to other weights or images.
+    installed; raises `KitError` where it is not, where the images are no `subset`, or where the file belongs to other
+    weights or images.
     """
     names = list(rungs(eps_255))
     about = {
@@ -55,10 +87,13 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
         "eps_255": eps_255,
         "rungs": names,
     }
-    record = {**about, "labels": split.labels.tolist(), "fell": [-1] * len(split)}
+    labels = split.labels.tolist()
+    record = _whole({**about, "labels": labels, "fell": [-1] * len(split)})
     if disk.exists(path):
-        record = records.read(path)
-        checkpoint.refuse_other(path, {key: record.get(key) for key in about}, about)
+        record = read(path)
+        checkpoint.refuse_other(path, {key: record[key] for key in about}, about)
+        if record["labels"] != labels:
+            raise KitError(f"{path} is damaged: its labels are not those of its images; delete it to climb anew")
     for start in range(0, len(split), CHUNK):
         part = slice(start, start + CHUNK)
         if -1 in record["fell"][part]:
@@ -70,7 +105,7 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
 
 def finished(path: Path) -> dict[str, Any]:
     """The record of a ladder that attacked all its images; raises `KitError` where there is none."""
-    record = records.read(path)
+    record = read(path)
     if -1 in record["fell"]:
         raise KitError(f"{path} is unfinished: climb it with the weights and the images first")
     return record

@@ -21,7 +21,18 @@ from frlkit import KitError, checkpoint, data, disk, recipes, runs
 from frlkit.recipes import Config
 from frlkit.scale.sweeps import Engine, Run
 
-BACKENDS = ("local", "ray", "dask")
+Place = contextlib.AbstractContextManager[tuple[Engine, int]]  # an engine, and how many runs it takes at a time
+
+
+def choose(backend: str, address: str, device: str, jobs: int | None, shares: int) -> Place:
+    """What carries a sweep out; raises `KitError` where the command line's options do not go together."""
+    if (backend == "local") == bool(address):
+        raise KitError(f"--backend {backend} with --address {address!r} is not allowed: a cluster has one, local none")
+    if backend == "local":
+        return local(device, jobs, shares)
+    if jobs:
+        raise KitError(f"--jobs {jobs} is not allowed with --backend {backend}: the cluster has as many as it has")
+    return cluster(backend, address, device, shares)
 
 
 @contextlib.contextmanager
