@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import PROJECT, KitError, checkpoint
+from frlkit import PROJECT, KitError, checkpoint, disk
 from frlkit.models import SIZE
 
 FOLDER = "folder:"
@@ -465,7 +465,7 @@ def _cached_resize(pixels: Tensor) -> Tensor:
 
 def _cached(key: Any, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
     """Images of a shape, uint8, kept in the user's cache under a hash, or made."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit"
+    folder = disk.cache()
     path = folder / f"resized-{key.hexdigest()[:16]}.npy"
     with contextlib.suppress(Exception):  # absent, or damaged in whatever way: made again
         cached = np.load(path, allow_pickle=False)
