@@ -51,6 +51,12 @@ def not_read(path: Path, error: OSError) -> ReadError:
     return ReadError(f"{path} cannot be read ({error.strerror or error}): see to the disk, and run the same again")
 
 
+def cache() -> Path:
+    """The kit's folder in the user's cache. A relative ``XDG_CACHE_HOME`` does not count: its specification says so."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "frlkit"
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file. Raises `ReadError` where the disk does not say."""
     try:

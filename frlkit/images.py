@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import KitError, checkpoint
+from frlkit import KitError, checkpoint, disk
 
 GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # of more than 8 bits
@@ -199,9 +198,7 @@ def listed(names: Iterable[Any], most: int = LISTED, *, quoted: bool = True) -> 
 
 def _cached(key: str, make: Callable[[], Made]) -> tuple[Tensor, list[str]]:
     """What `make` makes, kept in the user's cache under a hash and mapped into memory."""
-    place = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    folder = (place if place.is_absolute() else Path.home() / ".cache") / "frlkit"
-    path = folder / f"images-{key[:32]}.npy"
+    path = (folder := disk.cache()) / f"images-{key[:32]}.npy"
     with contextlib.suppress(Exception):  # absent, or damaged in whatever way: made again
         return _mapped(path)
     try:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from frlkit import disk
+
 SOURCE = Path(__file__).with_name("lenet5.cpp")
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-pthread")
 TARGETS = {  # what torch calls this processor -> images side by side, compiler's name for the instructions
@@ -67,10 +69,9 @@ def build() -> ctypes.CDLL:
 def _cache() -> Path:
     """The kit's folder in the user's cache, which nobody else can enter; raises `OSError` where it is not the user's.
 
-    Whoever can write there runs code here. A relative ``XDG_CACHE_HOME`` does not count, as its specification says.
+    Whoever can write there runs code here.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (root if root.is_absolute() else Path.home() / ".cache") / "frlkit"
+    folder = disk.cache()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if not _is_ours(status):

@@ -187,7 +187,7 @@ def away(recipe: str, config: Config, start: dict[str, bytes], device: str) -> t
     """
     torch.set_num_threads(1)
     asked = checkpoint.digest({"recipe": recipe, "config": recipes.described(config), "start": start})
-    scratch = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frlkit" / "runs" / asked[:16]
+    scratch = disk.cache() / "runs" / asked[:16]
     place = runs.folder(scratch, recipe, config)
     try:
         for name, content in start.items():
