@@ -35,15 +35,6 @@ def cells(path: Path, tag: str = "") -> list[Any]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestCommitted:
-    def test_badge_and_setup_name_the_repository(self, path: Path) -> None:
-        slug = frlkit.REPOSITORY.removeprefix("https://github.com/")
-        first = nbformat.read(path, as_version=4).cells[0].source
-        assert f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}" in first
-        assert f'os.environ.get("FRLKIT_REPOSITORY", "{frlkit.REPOSITORY}")' in cells(path)[0].source
-
-    def test_setup_is_the_same_everywhere(self, path: Path) -> None:
-        assert cells(path)[0].source == cells(NOTEBOOKS[0])[0].source
-
     def test_outputs_are_whole_clean_and_free_of_paths(self, path: Path) -> None:
         content = nbformat.read(path, as_version=4)
         nbformat.validate(content)
