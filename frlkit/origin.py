@@ -78,8 +78,6 @@ def address(url: str, project: Path = PROJECT) -> list[str]:
     Returns the files that changed. Raises `KitError` where `url` is no repository's address on GitHub, which Colab's
     badges need, or where `project` holds no kit.
     """
-    from frlkit import checkpoint  # which needs torch
-
     new = re.fullmatch(r"https?://(?:www\.)?github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", url)
     if not new:
         raise KitError(f"address = {url!r} is not allowed: use https://github.com/OWNER/NAME")
@@ -90,10 +88,17 @@ def address(url: str, project: Path = PROJECT) -> list[str]:
     pairs = {old[1]: f"https://github.com/{new[1]}", f"google.com/github/{old[2]}": f"google.com/github/{new[1]}"}
     changed = []
     for file in sorted({file for pattern in NAMING for file in project.glob(pattern)}):
-        text = fresh = file.read_text(encoding="utf-8")
+        text = fresh = file.read_bytes().decode("utf-8")
         for before, after in pairs.items():
             fresh = re.sub(rf"{re.escape(before)}(?![\w.-]*\w)", after, fresh)
         if fresh != text:
-            checkpoint.write_atomically(file, fresh.encode())
+            file.write_bytes(fresh.encode("utf-8"))
             changed.append(str(file.relative_to(project)))
     return changed
+
+
+if __name__ == "__main__":  # of `make address`, which needs no packages
+    try:
+        print(*address(sys.argv[1]), sep="\n")
+    except KitError as error:
+        sys.exit(str(error))

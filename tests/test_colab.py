@@ -525,6 +525,15 @@ class TestAddress:
         with pytest.raises(frlkit.KitError, match="is no clone of the kit"):
             origin.address("https://github.com/a/b", tmp_path)
 
+    def test_make_needs_no_packages(self, tmp_path: Path) -> None:
+        project = self.copy(tmp_path)
+        make = ["make", "--no-print-directory", "address", f"PYTHON={sys.executable} -S"]
+        for url, code, said in (("nonsense", 2, "OWNER/NAME"), ("https://github.com/a/b", 0, "README.md\n")):
+            done = subprocess.run([*make, f"URL={url}"], cwd=project, capture_output=True, text=True, timeout=60)
+            assert done.returncode == code
+            assert said in done.stdout + done.stderr
+            assert "Traceback" not in done.stderr
+
     def test_code_names_it_once(self) -> None:
         code = [
             path
