@@ -1,6 +1,16 @@
-# reproduce: the study, end to end · retrain: from nothing (PROFILE=smoke: tiny)
-# test: the whole suite · faults: runs that are killed, starved of disk, fed damaged files
-# mutants: does a test notice each of many seeded faults · bench: speed
+## make reproduce   the study, end to end: executed notebooks, HTML copies, figures and the claims table under output/
+## make retrain     the same from nothing, shipped runs ignored
+##                  both take DATASET=digits (minutes), PROFILE=smoke (does it run at all) or another of notebooks/profiles
+## make test        linter and the whole test suite, nbval over the notebooks included
+## make faults      runs that are killed, starved of disk and fed damaged files, and finish as if nothing had happened
+## make mutants     breaks the kit on purpose: does a test notice each of many seeded faults?
+## make bench       speed on this machine
+## make address URL=https://github.com/OWNER/NAME     a fork's address in badges, set-up cells, README and pyproject.toml
+##
+## Needs Python 3.10 or newer (make PYTHON=python3.12 ...). The first call makes .venv from requirements.lock: 6.8 GB on
+## Linux, 5 of them torch with CUDA. Without a GPU, PyTorch's CPU-only wheels are enough and far smaller; pip prefers them
+## where it also looks into their index:
+##     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make reproduce
 PYTHON  ?= python3
 DATASET ?= fashion_mnist
 PROFILE ?=
@@ -12,7 +22,10 @@ ifdef FRLKIT_DATA
 export FRLKIT_DATA := $(abspath $(FRLKIT_DATA))
 endif
 
-.PHONY: reproduce retrain bench test faults mutants
+.PHONY: help reproduce retrain bench test faults mutants address
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
 reproduce: .venv/ready
 	$(RUN) -m frlkit reproduce --dataset $(DATASET) --profile "$(PROFILE)"
 
@@ -27,6 +40,10 @@ faults: .venv/ready-test
 
 mutants: .venv/ready-test
 	$(RUN) tests/mutants.py
+
+# Needs no packages, so no .venv either.
+address:
+	@$(PYTHON) -m frlkit.origin "$(URL)"
 
 test: .venv/ready-test
 	$(RUN) -m ruff check .

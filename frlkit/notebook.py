@@ -10,142 +10,144 @@ from __future__ import annotations
 import ast
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from frlkit import PROJECT, KitError, __version__, checkpoint, data
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError, WrapValidator
+from pydantic.fields import FieldInfo
+
+from frlkit import PROJECT, KitError, __version__, checkpoint, data, training, values
 
 
 class ParameterError(KitError):
     """A notebook parameter that is unknown, of the wrong type or out of range."""
 
 
-#: Every parameter of every notebook, so that one profile can serve them all (a test keeps this complete).
-ALL_PARAMETERS = {
-    *("DATASET", "RECIPES", "SEEDS", "EPOCHS", "BATCH_SIZE", "DEVICE", "RUNS", "FIGURES", "DRIVE"),
-    *("SEED", "SAMPLES", "GD_STEPS"),  # the theory's
-    *("FRL_SEEDS", "FRL_EPOCHS", "REPORT_SEEDS", "ALPHAS", "GRID_SEEDS", "ATTACKED"),  # Fair Robust Learning's
+def _data_set(value: Any) -> str:
+    try:
+        data.check_name(value)
+    except KitError:
+        raise ValueError(f"one of {', '.join(data.READERS)}, or folder:PATH") from None
+    return value
+
+
+def _distinct(items: list[Any]) -> list[Any]:
+    if not items or any(item in items[:place] for place, item in enumerate(items)):
+        raise ValueError("a non-empty list without repeats")
+    return items
+
+
+def _natural_first(recipes: list[str]) -> list[str]:
+    if recipes[0] != "natural" or len(recipes) < 2:
+        raise ValueError("a list that begins with 'natural', the reference, and has another")
+    return recipes
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], AfterValidator(_distinct)]
+Epochs = Annotated[int, Field(ge=1, le=1000)]
+# Checked as a float, kept as it is: recipes are named after it, and 1 is no 1.0 there.
+Strength = Annotated[float, Field(ge=0, le=1000), WrapValidator(lambda value, check: (check(value), value)[1])]
+
+#: Every parameter of every notebook, so that one profile can serve them all, and what it may be. A notebook's own cell
+#: names those that it has, with type and help for papermill; a new parameter is declared here and there.
+PARAMETERS: dict[str, Any] = {
+    "DATASET": Annotated[str, PlainValidator(_data_set)],
+    "RECIPES": Annotated[
+        list[Literal[tuple(training.RECIPES)]],  # type: ignore[misc]
+        AfterValidator(_distinct),
+        AfterValidator(_natural_first),
+    ],
+    "SEEDS": Seeds,
+    "EPOCHS": Epochs,
+    "BATCH_SIZE": Annotated[int, Field(ge=1, le=10**5)],
+    "FRL_SEEDS": Seeds,
+    "FRL_EPOCHS": Epochs,
+    "REPORT_SEEDS": Seeds,
+    "ALPHAS": Annotated[list[Strength], AfterValidator(_distinct)],
+    "GRID_SEEDS": Seeds,
+    "ATTACKED": Annotated[int, Field(ge=0, le=10**6)],
+    "SEED": Annotated[int, Field(ge=0, le=10**6)],
+    "SAMPLES": Annotated[int, Field(ge=1000, le=10**6)],
+    "GD_STEPS": Annotated[int, Field(ge=10, le=10**5)],
+    "DEVICE": Literal["auto", "cpu", "cuda"],
+    "RUNS": str,
+    "FIGURES": str,
+    "DRIVE": bool,
+}
+#: How papermill is told, by the kind of value.
+HINTS = {
+    bool: " (with papermill: -p {} True, capital T)",
+    list: ' (with papermill: -y "{}: [a, b]")',
+    str: " in quotes",
 }
 
-Rule = Callable[[Any], Any]  # returns the value to use, or raises ValueError with what is allowed
 
-
-def one_of(*allowed: str) -> Rule:
-    """Text, one of `allowed`."""
-
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"one of {', '.join(map(repr, allowed))}")
-        return value
-
-    return check
-
-
-def dataset() -> Rule:
-    """A data set's name: one of `data.READERS`, or ``folder:PATH``."""
-
-    def check(value: Any) -> str:
-        try:
-            data.check_name(value)
-        except KitError:
-            raise ValueError(f"one of {', '.join(map(repr, data.READERS))}, or 'folder:PATH'") from None
-        return value
-
-    return check
-
-
-def number(low: float, high: float, *, whole: bool = False) -> Rule:
-    """A finite number in [low, high]; `whole` asks for an int. True, False and text are no numbers."""
-
-    def check(value: Any) -> float:
-        kinds = int if whole else (int, float)
-        right_type = isinstance(value, kinds) and not isinstance(value, bool)
-        if not right_type or not low <= value <= high:  # NaN compares false
-            raise ValueError(f"a {'whole ' if whole else ''}number from {low:g} to {high:g}, without quotes")
-        return value
-
-    return check
-
-
-def flag() -> Rule:
-    """True or False, not text (papermill turns ``-p NAME true`` into text; ``-p NAME True`` arrives as a boolean)."""
-
-    def check(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError("True or False (with papermill: -p NAME True, capital T)")
-        return value
-
-    return check
-
-
-def text() -> Rule:
-    """Any text, for instance a path."""
-
-    def check(value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError("text in quotes")
-        return value
-
-    return check
-
-
-def list_of(rule: Rule) -> Rule:
-    """A non-empty list without repeats whose items all pass `rule` (with papermill: -y "NAME: [a, b]")."""
-
-    def check(value: Any) -> list[Any]:
-        repeats = isinstance(value, list) and any(item in value[:place] for place, item in enumerate(value))
-        if not isinstance(value, list) or not value or repeats:
-            raise ValueError('a non-empty list without repeats (with papermill: -y "NAME: [a, b]")')
-        try:
-            return [rule(item) for item in value]
-        except ValueError as error:
-            raise ValueError(f"a list whose items are each {error}") from None
-
-    return check
-
-
-def parameters(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
+def parameters(namespace: Mapping[str, Any]) -> SimpleNamespace:
     """Check a notebook's parameters and return them as attributes.
 
-    `namespace` is the notebook's ``globals()``; `rules` names every parameter and what it may be. Names assigned in the
-    ``# Parameters`` cells that ran directly before this one (the notebook's own, and the one papermill injects) but
-    missing from `rules` are refused, as are wrong types and values. A profile serves all notebooks, so a parameter that
-    only another notebook has is named in a printed line and otherwise ignored.
+    `namespace` is the notebook's ``globals()``. The notebook's own parameters are those that its ``# Parameters`` cell
+    annotates; what each may be is declared in `PARAMETERS`. Names that another ``# Parameters`` cell set since, as
+    papermill's does, but that no notebook has are refused; one that only another notebook has is named in a printed
+    line and otherwise ignored, for a profile serves all notebooks.
 
     Raises
     ------
     ParameterError
         One sentence: the name, the value, what is allowed.
     """
-    others = _assigned_names(namespace.get("In", [])) - set(rules)
-    if unknown := sorted(others - ALL_PARAMETERS):
-        raise ParameterError(f"unknown parameter {', '.join(map(repr, unknown))}: this notebook has {', '.join(rules)}")
-    if others:
-        print(f"not used by this notebook: {', '.join(sorted(others))}")
-    checked = {}
-    for name, rule in rules.items():
-        if name not in namespace:
-            raise ParameterError(f"parameter {name} is not set: run the cell that begins with '# Parameters' first")
-        try:
-            checked[name] = rule(namespace[name])
-        except ValueError as error:
-            raise ParameterError(f"parameter {name} = {namespace[name]!r} is not allowed: use {error}") from None
+    own, others = _named(namespace.get("In", []))
+    own = own or [name for name in PARAMETERS if name in namespace]  # run as a script, without IPython's history
+    if unknown := sorted({*own, *others} - set(PARAMETERS)):
+        raise ParameterError(f"unknown parameter {', '.join(map(repr, unknown))}: this notebook has {', '.join(own)}")
+    if unused := sorted(others - set(own)):
+        print(f"not used by this notebook: {', '.join(unused)}")
+    if missing := [name for name in own if name not in namespace] if own else ["DATASET"]:
+        raise ParameterError(f"parameter {missing[0]} is not set: run the cell that begins with '# Parameters' first")
+    checked = {name: _checked(name, namespace[name]) for name in own}
+    seeds, reports = (checked.get(name, []) for name in ("FRL_SEEDS", "REPORT_SEEDS"))
+    if seeds and not set(reports) <= set(seeds):
+        raise ParameterError(f"parameter REPORT_SEEDS = {reports} is not allowed: use seeds among FRL_SEEDS = {seeds}")
     return SimpleNamespace(**checked)
 
 
-def _assigned_names(history: list[str]) -> set[str]:
-    """Names assigned by the run of '# Parameters' cells just before the running cell (the history's last entry)."""
-    names: set[str] = set()
+def _named(history: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Names that the newest '# Parameters' cell with annotations annotates, and those that such cells set since.
+
+    `history` is IPython's: one source for each cell that ran, the running one last.
+    """
+    others: set[str] = set()
     for source in reversed(history[:-1]):
-        if not source.lstrip().startswith("# Parameters"):
-            break
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                names.add(node.id)
-    return names
+        if source.lstrip().startswith("# Parameters"):
+            tree = ast.parse(source)
+            own = [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]
+            others |= set(_assigned(tree))
+            if own:
+                return own, others
+    return [], others
+
+
+def _assigned(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A parameter's value, if it is what `PARAMETERS` allows; else raises `ParameterError`."""
+    kind = PARAMETERS[name]
+    try:
+        return TypeAdapter(kind, config=values.STRICT).validate_python(value)
+    except ValidationError as error:
+        rule = error.errors(include_url=False)[0].get("ctx", {}).get("error")  # a function's above, in its own words
+        words = rule or values.allowed(FieldInfo.from_annotation(kind))
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    plain = get_origin(plain) or plain  # int, list, ...
+    hint = HINTS.get(plain, ", without quotes" if plain is int and isinstance(value, str) else "").format(name)
+    right_type = plain is Literal or isinstance(value, plain)
+    raise ParameterError(f"parameter {name} = {value!r} is not allowed: use {words}{'' if right_type else hint}")
 
 
 def folder(path: str, default: str, *, drive: bool = False) -> Path:
@@ -153,22 +155,33 @@ def folder(path: str, default: str, *, drive: bool = False) -> Path:
 
     With `drive`, Google Drive is mounted and its ``frlkit`` folder holds a copy of everything that is written there,
     so that runs outlive a Colab session; what it holds already is taken over first (see `checkpoint.mirror`). Raises
-    `ParameterError` where the text cannot be a path, and `KitError` where there is no Drive.
+    `ParameterError` where the text cannot be a path or Drive is asked for too, and `KitError` where there is no Drive.
     """
+    if path and drive:
+        raise ParameterError(f"DRIVE = True with the folder {path!r} is not allowed: leave RUNS empty, or DRIVE False")
     if path:
         try:
             return Path(path).expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # of another user who is unknown, with a null character
             raise ParameterError(f"{path!r} is no folder ({error}): name another, or leave it empty") from None
     if drive:
-        try:
-            from google.colab import drive as google_drive
-        except ImportError:
-            raise KitError("DRIVE = True needs Google Colab: leave it False, or name a folder with RUNS") from None
-        mount = os.environ.get("FRLKIT_DRIVE", "/content/drive")
-        google_drive.mount(mount)
-        checkpoint.mirror(PROJECT / default, Path(mount) / "MyDrive" / "frlkit" / default)
+        checkpoint.mirror(PROJECT / default, _drive() / "frlkit" / default)
     return PROJECT / default
+
+
+def _drive() -> Path:
+    """Google Drive's own folder, mounted. Raises `KitError` outside Colab and where access is denied."""
+    try:
+        from google.colab import drive
+    except ImportError:
+        raise KitError("DRIVE = True needs Google Colab: leave it False, or name a folder with RUNS") from None
+    mount = os.environ.get("FRLKIT_DRIVE", "/content/drive")
+    try:
+        drive.mount(mount)
+    except Exception as error:  # Colab raises its own kinds, private ones among them
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise KitError(f"Google Drive was not mounted ({why}): run again and allow it, or set DRIVE = False") from None
+    return Path(mount) / "MyDrive"
 
 
 def load_data(dataset: str, device: str) -> tuple[data.Dataset | None, str, str]:

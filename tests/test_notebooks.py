@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import os
 import re
@@ -15,7 +14,6 @@ import nbformat
 import pytest
 
 import frlkit
-from frlkit import notebook
 from frlkit.report import claims
 
 NOTEBOOKS = sorted((frlkit.PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -37,28 +35,6 @@ def cells(path: Path, tag: str = "") -> list[Any]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestCommitted:
-    def test_badge_and_setup_name_the_repository(self, path: Path) -> None:
-        slug = frlkit.REPOSITORY.removeprefix("https://github.com/")
-        first = nbformat.read(path, as_version=4).cells[0].source
-        assert f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}" in first
-        assert f'os.environ.get("FRLKIT_REPOSITORY", "{frlkit.REPOSITORY}")' in cells(path)[0].source
-
-    def test_setup_is_the_same_everywhere(self, path: Path) -> None:
-        assert cells(path)[0].source == cells(NOTEBOOKS[0])[0].source
-
-    def test_parameters_are_plain_literals_and_known(self, path: Path) -> None:
-        (cell,) = cells(path, "parameters")
-        lines = cell.source.splitlines()
-        assert lines[0] == "# Parameters"
-        names = set()
-        for line in lines[1:]:
-            assert line.count("=") == 1, line
-            (assignment,) = ast.parse(line).body
-            assert isinstance(assignment, ast.Assign)
-            ast.literal_eval(assignment.value)
-            names.add(assignment.targets[0].id)
-        assert names <= notebook.ALL_PARAMETERS
-
     def test_outputs_are_whole_clean_and_free_of_paths(self, path: Path) -> None:
         content = nbformat.read(path, as_version=4)
         nbformat.validate(content)

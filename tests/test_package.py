@@ -20,6 +20,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import frlkit
 from frlkit import PROJECT
@@ -220,3 +221,26 @@ def test_citation_names_the_same_kit() -> None:
     assert citation["repository-code"] == frlkit.REPOSITORY == PYPROJECT["urls"]["Homepage"]
     assert citation["preferred-citation"]["url"] == PYPROJECT["urls"]["Paper"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", frlkit.__version__)
+
+
+def test_make_alone_prints_what_there_is() -> None:
+    shown = run("make", "--no-print-directory", cwd=PROJECT).stdout
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split()
+    assert [name for name in targets if name != "help" and f"make {name} " not in shown] == []
+    assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" in shown
+
+
+def test_the_public_check_is_make_test() -> None:
+    workflow = yaml.safe_load((PROJECT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1]["run"] == "make test"
+    oldest, *_ = job["strategy"]["matrix"]["python"]
+    assert PYPROJECT["requires-python"] == f">={oldest}"
+
+
+def test_cpu_wheels_are_preferred_and_fit_the_pins() -> None:
+    """What PyTorch's index adds to a version is a later one to pip, and meets a pin without it."""
+    cpu, plain = Version("2.15.0+cpu"), Version("2.15.0")
+    assert cpu > plain
+    assert Requirement("torch==2.15.0").specifier.contains(cpu)
