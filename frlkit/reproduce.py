@@ -26,9 +26,10 @@ from tqdm import tqdm
 from frlkit import PROJECT, KitError, checkpoint, claims, data
 from frlkit.notebook import versions
 from frlkit.report import pages
+from frlkit.report.pages import took
 
 NOTEBOOKS = PROJECT / "notebooks"
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")
+LIBRARIES = versions("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")  # what results depend on
 #: Data set -> notebooks/profiles/*.yaml; anyone's own has the schedule of "full".
 PROFILES = {
     "fashion_mnist": "full",
@@ -45,6 +46,17 @@ class Job:
     name: str
     parameters: dict[str, Any]
     live: bool  # whether its data set is there
+
+    def runs(self, root: str = "") -> Path | None:
+        """Where the runs of its data set lie, its own or those under `root`; None where it has no data set."""
+        root, dataset = root or self.parameters.get("RUNS") or "checkpoints", self.parameters.get("DATASET")
+        return PROJECT / root / data.folder_name(dataset) if dataset else None
+
+    def to_train(self) -> list[Path]:
+        """The folders of those shipped runs that are not where it looks for them, and that it can train anew."""
+        own, shipped = self.runs(), self.runs("checkpoints")
+        found = [path.parent for path in shipped.glob("*/seed*/record.json")] if shipped and self.live else []
+        return [run for run in found if not (own / run.relative_to(shipped) / "record.json").exists()]
 
 
 def reproduce(dataset: str, output: Path, *, retrain: bool = False, profile: str = "") -> str:
@@ -72,9 +84,10 @@ def reproduce(dataset: str, output: Path, *, retrain: bool = False, profile: str
         for number, job in enumerate(jobs):
             notes[job.name] = _finished(job, output)  # asked again: an earlier notebook may have trained its runs anew
             if not notes[job.name]:
-                notes[job.name] = _run(job, output, [other for other in jobs[number + 1 :] if other in left])
-                pages.index(notes, [other.name for other in jobs[number + 1 :]], output, study, versions(*PACKAGES))
-        pages.index(notes, [], output, study, versions(*PACKAGES))
+                later = jobs[number + 1 :]
+                notes[job.name] = _run(job, output, [other for other in later if other in left])
+                pages.index(notes, [other.name for other in later], output, study, LIBRARIES)
+        pages.index(notes, [], output, study, LIBRARIES)
     tables = [(job, table) for job in jobs for table in notes[job.name]["tables"]]
     text = "\n\n".join(f"{table['title']} ({job.name})\n{claims.plain(table['claims'])}" for job, table in tables)
     return f"\n{text}\n\nnotebooks, tables and figures: {output / 'index.html'}"
@@ -125,7 +138,7 @@ def _profile(name: str) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """A path as a notebook run in the project's folder may name it: relative where it lies in there."""
+    """A path as a notebook that runs in the project's folder may name it: relative where it lies in there."""
     return (path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path).as_posix()
 
 
@@ -148,13 +161,13 @@ def _finished(job: Job, output: Path) -> dict[str, Any]:
     files = [output / job.name / f"{job.name}{ending}" for ending in (".ipynb", ".html")]
     if note.get("made_by") != _made_by(job) or not all(file.is_file() for file in files):
         return {}
-    then, now = note["runs"], _runs(job)
+    then, now = note["runs"], _hashes(job)
     return note if then == ({file: now.get(file) for file in then} if job.live else now) else {}
 
 
 def _made_by(job: Job) -> str:
     """A hash of a job's source and parameters, the kit, its libraries, and where the data are."""
-    given = [job.parameters, job.live, os.environ["FRLKIT_DATA"], versions(*PACKAGES)]
+    given = [job.parameters, job.live, os.environ["FRLKIT_DATA"], LIBRARIES]
     total = hashlib.sha256(json.dumps(given).encode())
     kit = Path(__file__).parent
     for file in (job.source, *sorted(file for ending in ("py", "cpp", "j2") for file in kit.rglob(f"*.{ending}"))):
@@ -162,17 +175,10 @@ def _made_by(job: Job) -> str:
     return total.hexdigest()
 
 
-def _folder(job: Job) -> Path:
-    """Where the runs of a job's data set lie."""
-    return PROJECT / (job.parameters.get("RUNS") or "checkpoints") / data.folder_name(job.parameters["DATASET"])
-
-
-def _runs(job: Job) -> dict[str, str]:
+def _hashes(job: Job) -> dict[str, str]:
     """The hash of every record and weights file among the runs of the job's data set; none where it has no data set."""
-    if "DATASET" not in job.parameters:
-        return {}
-    folder = _folder(job)
-    files = sorted([*folder.rglob("*.json"), *folder.rglob("weights.pt"), *folder.rglob("weights.safetensors")])
+    folder, names = job.runs(), ("*.json", "weights.pt", "weights.safetensors")
+    files = sorted(file for name in names for file in folder.rglob(name)) if folder else []
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -180,55 +186,33 @@ def _announce(jobs: Sequence[Job], left: Sequence[Job], output: Path) -> None:
     """Say what will be done, about how long it takes and how much disk."""
     _say(f"{len(left)} of {len(jobs)} notebooks to run, into {output}:")
     for job in jobs:
-        _say(f"  {job.name}: {f'{_work(job)}, {_about([job], output)}' if job in left else 'up to date'}")
-    train = sorted({run for job in left for run in _missing(job)})
+        runs, work = job.runs(), ", needs no data"
+        if runs:
+            work = f", {len(list(runs.glob('*/seed*/record.json')))} runs are finished"
+            work += ", what is missing is trained" if job.live else ""
+        _say(f"  {job.name}: {_about([job], output) + work if job in left else 'up to date'}")
+    train = sorted({run for job in left for run in job.to_train()})
     size = sum(3 * job.source.stat().st_size for job in left)  # a copy, its page, its figures
     size += sum(file.stat().st_size for run in train for file in run.iterdir())
     free = shutil.disk_usage(output).free
-    _say(f"in all {_about(left, output)}; {size / 1e6:,.0f} MB of disk, {free / 1e9:,.1f} GB are free")
+    _say(f"in all: {_about(left, output)}; {size / 1e6:,.0f} MB of disk, {free / 1e9:,.1f} GB are free")
     if train:
         histories = [_read(run / "history.json") for run in train]
         spent = sum(it["threads"] * epoch["seconds"] for it in histories for epoch in it.get("epochs", []))
-        _say(f"of it {len(train)} runs to train: the shipped ones' epochs took {took(spent)} of one core")
-
-
-def _work(job: Job) -> str:
-    if "DATASET" not in job.parameters:
-        return "no data, no training"
-    count = len(list(_folder(job).glob("*/seed*/record.json")))
-    reloads = f"reloads what it needs of {count} finished runs" if count else "no run is finished"
-    return f"{reloads}, {'trains what is missing' if job.live else 'recomputes none, without the data set'}"
-
-
-def _missing(job: Job) -> list[Path]:
-    """The folders of shipped runs that a job has to train anew, since it looks for its runs in another place."""
-    if "DATASET" not in job.parameters or not job.live:
-        return []
-    shipped = PROJECT / "checkpoints" / _folder(job).name
-    found = [path.parent for path in shipped.glob("*/seed*/record.json")]
-    return [run for run in found if not (_folder(job) / run.relative_to(shipped) / "record.json").exists()]
+        _say(f"{len(train)} runs to train: the shipped ones' epochs took {took(spent)} of one core")
 
 
 def _seconds(jobs: Sequence[Job], output: Path) -> float | None:
     """Seconds the jobs may take: as last time here, else as measured where runs reload; None where neither is known."""
     measured = _read(PROJECT / "benchmarks" / "notebooks.json").get("seconds", {})
-    reloading = [{} if _missing(job) else measured for job in jobs]
-    each = [
-        _read(output / job.name / "done.json").get("seconds", known.get(job.name))
-        for job, known in zip(jobs, reloading, strict=True)
-    ]
-    return None if None in each else sum(each)
+    last = [_read(output / job.name / "done.json").get("seconds") for job in jobs]
+    each = [s or (not job.to_train() and measured.get(job.name)) for s, job in zip(last, jobs, strict=True)]
+    return sum(each) if all(each) else None
 
 
 def _about(jobs: Sequence[Job], output: Path) -> str:
     seconds = _seconds(jobs, output)
-    return "not timed here yet" if seconds is None else f"about {took(seconds)}"
-
-
-def took(seconds: float) -> str:
-    """A time in words: "38 s", "6 min", "31 h 5 min"."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return "not timed yet" if seconds is None else f"about {took(seconds)}"
 
 
 class _Progress(io.TextIOBase):
@@ -242,11 +226,11 @@ class _Progress(io.TextIOBase):
         self.bar.bar_format = "{desc}: {bar:20} cell {n_fmt} of {total_fmt}, {elapsed}{postfix}"
 
     def cell(self, **_: Any) -> None:
-        """A code cell is done. Time left is what was expected, else as if all cells took the same."""
+        """A code cell is done; what is left takes what was expected, else as if all cells took the same."""
         self.bar.update()
-        spent, n = time.monotonic() - self.began, self.bar.n
-        if n:
-            left = (self.expected or spent / n * self.bar.total) - spent
+        if self.bar.n:  # a bar that nobody sees counts nothing
+            spent = time.monotonic() - self.began
+            left = (self.expected or spent / self.bar.n * self.bar.total) - spent
             self.bar.set_postfix_str(f"about {took(max(left, 0) + self.later)} left")
 
     def write(self, text: str) -> int:
@@ -259,26 +243,14 @@ class _Progress(io.TextIOBase):
 def _run(job: Job, output: Path, later: Sequence[Job]) -> dict[str, Any]:
     """Run a job and publish what it made; returns its note. `later` are those to run after it."""
     _say(f"running {job.name}, {_about([job], output)}")
-    cpu, progress = sum(os.times()[2:4]), _Progress(job, _seconds([job], output), _seconds(later, output))
+    made_by, cpu = _made_by(job), sum(os.times()[2:4])
+    progress = _Progress(job, _seconds([job], output), _seconds(later, output))
     staged, place = output / "unfinished" / job.name, output / job.name
-    try:
+    with contextlib.closing(progress.bar):
         cells = _execute(job, staged, place, progress)
-    finally:
-        progress.bar.close()
     seconds, cpu = time.monotonic() - progress.began, sum(os.times()[2:4]) - cpu
-    heading = re.search(r"^# (.+)$", "\n".join("".join(cell["source"]) for cell in cells), re.MULTILINE)
-    note = {
-        "made_by": _made_by(job),
-        "runs": _runs(job),
-        "title": heading[1] if heading else job.name,
-        "live": job.live,
-        "tables": claims.from_notebook(cells),
-        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "commit": pages.commit(),
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu, 1),
-        "took": f"{took(seconds)}, {took(cpu)} of one core",
-    }
+    note = {"made_by": made_by, "runs": _hashes(job), "live": job.live, **pages.about(cells)}
+    note |= {"seconds": seconds, "cpu_seconds": cpu, "took": f"{took(seconds)}, {took(cpu)} of one core"}
     checkpoint.write_json(staged / "done.json", note)
     _publish(staged, place)
     _say(f"{job.name} took {note['took']}")
@@ -287,8 +259,8 @@ def _run(job: Job, output: Path, later: Sequence[Job]) -> dict[str, Any]:
 
 def _publish(staged: Path, place: Path) -> None:
     """Put a finished folder in the place of the old one; a kill at any moment leaves no note of what is not whole."""
-    (place.parent / "index.html").unlink(missing_ok=True)
-    (place / "done.json").unlink(missing_ok=True)
+    for stale in (place.parent / "index.html", place / "done.json"):
+        stale.unlink(missing_ok=True)
     if place.exists():
         shutil.rmtree(place)
     os.replace(staged, place)
@@ -302,25 +274,21 @@ def _execute(job: Job, staged: Path, place: Path, progress: _Progress) -> list[d
     Paths in it are those of `place`, where it will be published.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     shutil.rmtree(staged, ignore_errors=True)  # a killed one's
     (staged / "figures").mkdir(parents=True)
     notebook = staged / f"{job.name}.ipynb"
+    parameters = {**job.parameters, "FIGURES": _shown(staged / "figures")}
+    options = {"stdout_file": progress, "on_cell_executed": progress.cell, "progress_bar": False, "cwd": str(PROJECT)}
+    options["extra_arguments"] = ["--log-level=50"]  # not the kernel's words on how it starts and stops
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
-        papermill.execute_notebook(
-            str(job.source),
-            str(notebook),
-            {**job.parameters, "FIGURES": _shown(staged / "figures")},
-            kernel_name="python3",
-            cwd=str(PROJECT),
-            progress_bar=False,
-            stdout_file=progress,
-            on_cell_executed=progress.cell,
-            extra_arguments=["--log-level=50"],  # its words are on how it is started and stopped; what fails is raised here
-        )
+        papermill.execute_notebook(job.source, notebook, parameters, kernel_name="python3", **options)
     except papermill.PapermillExecutionError as error:
         raise KitError(f"{job.name} failed with {error.ename}: {error.evalue} (see {notebook})") from None
+    except DeadKernelError:
+        raise KitError(f"{job.name}: its process died, perhaps for want of memory; the same command goes on") from None
     text = notebook.read_text(encoding="utf-8").replace(_shown(staged), _shown(place))
     checkpoint.write_atomically(notebook, text.encode())
     checkpoint.write_atomically(notebook.with_suffix(".html"), pages.notebook(notebook).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 import warnings
@@ -32,6 +33,9 @@ def notebook(path: Path) -> str:
         def inline_math(self, body: str) -> str:
             return mathml(body, "inline") or super().inline_math(body)
 
+        def image(self, text: str, url: str, title: str | None = None) -> str:
+            return text if url.startswith("http") else super().image(text, url, title)  # a badge's words, for instance
+
     @pass_context
     def markdown(_: Any, source: str) -> str:
         return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
@@ -53,18 +57,25 @@ def mathml(formula: str, display: str) -> str:
         return ""
 
 
+def about(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the index says about a notebook executed just now: "title", "tables", "date" and "commit"."""
+    heading = re.search(r"^# (.+)$", "\n".join("".join(cell["source"]) for cell in cells), re.MULTILINE)
+    title = heading[1] if heading else "a notebook without a title"
+    return {"title": title, "tables": claims.from_notebook(cells), "date": _now(), "commit": commit()}
+
+
 def index(notes: Mapping[str, Mapping[str, Any]], waiting: Sequence[str], output: Path, study: str, made: str) -> None:
     """Write ``index.html``: links, claims tables and figures of every notebook that has run.
 
     Parameters
     ----------
     notes
-        Folder in `output` -> "title", "date", "commit", "took", "live" and "tables" (see `claims.from_notebook`) of the
-        notebook in it; every PNG file in the folder's ``figures`` is shown.
+        Folder in `output` -> what `about` says of the notebook in it, "live" (whether its data set was there) and
+        "took" (how long, in words); every PNG file in the folder's ``figures`` is shown.
     waiting
         Names of notebooks that have not run yet.
     study, made
-        What was studied, and by which versions, in words.
+        What was studied, and with which versions, in words.
     """
     import jinja2
 
@@ -81,7 +92,7 @@ def index(notes: Mapping[str, Mapping[str, Any]], waiting: Sequence[str], output
     text = environment.get_template("index.html.j2").render(
         study=study,
         made=made,
-        date=time.strftime("%Y-%m-%d %H:%M %Z"),
+        date=_now(),
         commit=commit(),
         notebooks=shown,
         waiting=waiting,
@@ -89,6 +100,16 @@ def index(notes: Mapping[str, Mapping[str, Any]], waiting: Sequence[str], output
         counts=[(verdict, found[verdict]) for verdict in claims.VERDICTS if found[verdict]],
     )
     checkpoint.write_atomically(output / "index.html", text.encode())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M %Z")
+
+
+def took(seconds: float) -> str:
+    """A time in words: "38 s", "6 min", "31 h 5 min"."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def commit() -> str:
