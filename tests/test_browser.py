@@ -20,8 +20,7 @@ import psutil
 import pytest
 
 import frlkit
-from frlkit import reproduce
-from frlkit.report import claims
+from frlkit.report import claims, pages
 
 NOTEBOOKS = frlkit.PROJECT / "notebooks"
 THEORY, REWEIGHT = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03"))
@@ -180,25 +179,100 @@ def test_an_error_on_the_page_is_seen(page: Any, lab: Lab) -> None:
     assert "ParameterError: parameter SAMPLES = 'none' is not allowed" in error
 
 
+def notes_of(sources: list[Path], output: Path) -> dict[str, Any]:
+    """What a reproduction notes of the committed notebooks, and their figures where it puts them."""
+    notes = {}
+    for source in sources:
+        cells = nbformat.read(source, as_version=4).cells
+        notes[source.stem] = {**pages.about(cells), "took": "38 s", "live": True}
+        (output / source.stem / "figures").mkdir(parents=True)
+        for file in (frlkit.PROJECT / "figures").glob(f"{source.name[:2]}_*fashion_mnist.png"):
+            shutil.copyfile(file, output / source.stem / "figures" / file.name)
+    return notes
+
+
 def test_index_shows_every_figure_and_claim(page: Any, tmp_path: Path) -> None:
     sources = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    jobs = [reproduce.Job(source, source.stem, {}, live=True) for source in sources]
-    tables = [
-        {"notebook": source.stem, **table}
-        for source in sources
-        for table in claims.from_notebook(nbformat.read(source, as_version=4).cells)
-    ]
-    reproduce.write_index(jobs, tables, tmp_path)
+    notes = notes_of(sources, tmp_path)
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "figures").mkdir()
+    (tmp_path / "another" / "figures" / "stranger.png").touch()  # of another run
+    pages.index(notes, ["06_next"], tmp_path, "fashion_mnist", "torch 1")
     page.goto((tmp_path / "index.html").as_uri(), wait_until="load")
-    figures = {
-        file.stem for source in sources for file in (frlkit.PROJECT / "figures").glob(f"{source.name[:2]}_*.png")
-    }
+    figures = {file.stem for source in sources for file in (tmp_path / source.stem / "figures").iterdir()}
     assert {image.get_attribute("alt") for image in page.locator("img").all()} == figures
     assert len(figures) >= 7
     assert page.locator("img").evaluate_all(BROKEN) == []
+    tables = [table for note in notes.values() for table in note["tables"]]
     assert page.locator("h2").count() == page.locator("table").count() == len(tables) == len(sources)
     assert page.locator("tr:has(td)").count() == sum(len(table["claims"]) for table in tables)
-    assert page.locator("li a").all_inner_texts() == [source.stem for source in sources]
+    assert page.locator("thead").first.locator("th").all_inner_texts() == ["verdict", "claim", "evidence"]
+    assert page.locator("nav a").all_inner_texts() == [note["title"] for note in notes.values()]
+    assert page.locator("nav li").last.inner_text() == "06_next (not run yet)"
+    found = [row["verdict"] for table in tables for row in table["claims"]]
+    counts = [f"{found.count(verdict)} {verdict}" for verdict in claims.VERDICTS if verdict in found]
+    assert page.locator(".counts li").all_inner_texts() == counts
+
+
+def test_index_by_day_and_by_night_on_a_desk_and_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    rows = [{"verdict": verdict, "claim": "c" * 60, "evidence": "e " * 90} for verdict in claims.VERDICTS]
+    note = {
+        "title": "T",
+        "tables": [{"title": "t", "claims": rows}],
+        "date": "",
+        "commit": "",
+        "took": "",
+        "live": False,
+    }
+    pages.index({"01": note}, [], tmp_path, "digits", "torch 1")
+    style = "node => [getComputedStyle(node).color, getComputedStyle(document.body).backgroundColor]"
+    seen: dict[str, list[tuple[str, str]]] = {}
+    for scheme, width in (("light", 1300), ("dark", 390)):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.goto((tmp_path / "index.html").as_uri(), wait_until="load")
+        assert asked == [(tmp_path / "index.html").as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        badges = page.locator("td.verdict b")
+        seen[scheme] = [tuple(badge.evaluate(style)) for badge in badges.all()]
+        assert len({colour for colour, _ in seen[scheme]}) >= 4
+        for words in seen[scheme]:  # WCAG's contrast of text, AA
+            light, dark = sorted((luminance(colour) for colour in words), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5
+        context.close()
+    assert luminance(seen["dark"][0][1]) < 0.1 < 0.9 < luminance(seen["light"][0][1])
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance, in [0, 1], of a colour as browsers print it: "rgb(17, 112, 58)"."""
+    parts = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_index_shows_any_name_as_it_is(page: Any, tmp_path: Path) -> None:
+    name = "$x_1$ \"q\" 'a' <b onclick=x>&amp; \u202e\u05d0\u05d1 </td></table>\n%2e#?"
+    name += "<script>document.title = 'bad'</script>"
+    folder = "01_a b#c%2e'\"&"
+    (tmp_path / folder / "figures").mkdir(parents=True)
+    source = next((frlkit.PROJECT / "figures").glob("02_*.png"))
+    shutil.copyfile(source, tmp_path / folder / "figures" / "01_$a$ #1%.png")
+    row = {"verdict": "confirmed", "claim": name, "evidence": name}
+    note = {"title": name, "tables": [{"title": name, "claims": [row]}], "date": name, "commit": "", "took": ""}
+    pages.index({folder: {**note, "live": True}}, [name], tmp_path, name, name)
+    page.goto((tmp_path / "index.html").as_uri(), wait_until="load")
+    assert "bad" not in page.title().split("(")[0]
+    assert page.locator("script, td b[onclick]").count() == 0
+    assert page.locator("td").all_text_contents()[1:] == [name, name]
+    assert page.locator("img").evaluate_all(BROKEN) == []
+    for link in page.locator("section p a").all():
+        assert re.fullmatch(
+            r".*/01_a%20b%23c%252e%27%22%26/01_a%20b%23c%252e%27%22%26\.(html|ipynb)", link.evaluate("a => a.href")
+        )
+    page.locator("nav a").click()
+    assert page.locator("section:target").get_attribute("id") == folder
 
 
 def test_a_figure_that_is_missing_is_seen(page: Any, tmp_path: Path) -> None:
