@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from frlkit import PROJECT, KitError, __version__
+from frlkit.options import DATA, DEVICE, RUNS, Choice, Group, names_of
 
 
-class _Group(click.Group):
-    """Shows a `KitError`, or a file that cannot be read or written, as one sentence; Ctrl-C ends with status 130."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()) if context.params["quiet"] else contextlib.nullcontext():
-                return super().invoke(context)
-        except (KitError, OSError) as error:
-            raise click.ClickException(str(error)) from None
-        except KeyboardInterrupt:
-            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "certify")
-            stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")
-            stopped.exit_code = 130
-            raise stopped from None
-
-
-class _Choice(click.Choice):
-    """Names, known only when they are needed: importing what knows them takes seconds."""
-
-    def __init__(self, names: Callable[[], list[str]], others: str = "") -> None:
-        super().__init__([])
-        self.names, self.others = names, others
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join([*self.names(), *([self.others] if self.others else [])])}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)  # what it names refuses it in a sentence
-
-    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
-        return f"Use one of {', '.join(self.names())}."
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
-
-
-def _names(module: str, table: str) -> Callable[[], list[str]]:
-    return lambda: list(getattr(import_module(f"frlkit.{module}"), table))
-
-
-DATA = click.option(
-    "--dataset", type=_Choice(_names("data", "READERS"), "folder:PATH"), default="fashion_mnist", show_default=True
-)
-DEVICE = click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
-RUNS = click.option(
-    "--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/."
-)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def main(quiet: bool) -> None:
@@ -112,8 +58,18 @@ def recipes() -> None:
         click.echo(f"{name:22}  {recipe.source:26}  {recipe.title}")
 
 
+@main.command()
+@click.argument("url")
+def address(url: str) -> None:
+    """Rewrite the repository's address, https://github.com/OWNER/NAME, in badges, notebooks and documents: for a fork."""
+    from frlkit import origin
+
+    changed = origin.address(url)
+    click.echo(f"{len(changed)} files changed: {', '.join(map(str, changed))}" if changed else "nothing to change")
+
+
 @main.command(short_help="Train and evaluate a recipe, resuming what is there.")
-@click.argument("recipe", type=_Choice(_names("recipes", "RECIPES"), "RECIPE,FIELD=VALUE"), metavar="RECIPE")
+@click.argument("recipe", type=Choice(names_of("recipes", "RECIPES"), "RECIPE,FIELD=VALUE"), metavar="RECIPE")
 @DATA
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
 @click.option("--epochs", type=int, help="Default: the recipe's own.")
@@ -256,13 +212,13 @@ def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
 
 @main.command(short_help="Class-wise errors of any LeNet-5's weights.")
 @click.argument("weights", type=click.Path(path_type=Path))
-@click.option("--model", "model_name", type=_Choice(_names("models", "MODELS")), default="lenet5", show_default=True)
+@click.option("--model", "model_name", type=Choice(names_of("models", "MODELS")), default="lenet5", show_default=True)
 @DATA
 @click.option("--eps", type=float, default=8, show_default=True, help="Radius of the attack, in 1/255.")
 @click.option("--step-size", type=float, default=2, show_default=True, help="Step of the attack, in 1/255.")
 @click.option("--steps", type=int, default=20, show_default=True)
 @click.option("--restarts", type=int, default=1, show_default=True)
-@click.option("--loss", type=_Choice(_names("attacks", "LOSSES")), default="ce", show_default=True)
+@click.option("--loss", type=Choice(names_of("attacks", "LOSSES")), default="ce", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON.")
 @DEVICE

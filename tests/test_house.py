@@ -12,7 +12,7 @@ from frlkit import PROJECT
 KIT = PROJECT / "frlkit"
 #: Bottom up; a module imports only from floors below its own, or, within a wing, from its wing.
 FLOORS = [
-    {"values", "disk"},
+    {"values", "disk", "origin", "options"},
     {"models", "checkpoint", "distributed", "theory"},
     {"images"},
     {"sources"},

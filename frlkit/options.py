@@ -1,0 +1,65 @@
+"""What the command line's commands share: errors as one sentence, names as choices, common options."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from frlkit import PROJECT, KitError
+
+
+class Group(click.Group):
+    """Shows a `KitError`, or a file that cannot be read or written, as one sentence; Ctrl-C ends with status 130."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) if context.params["quiet"] else contextlib.nullcontext():
+                return super().invoke(context)
+        except (KitError, OSError) as error:
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "certify")
+            stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")
+            stopped.exit_code = 130
+            raise stopped from None
+
+
+class Choice(click.Choice):
+    """Names, known only when they are needed: importing what knows them takes seconds."""
+
+    def __init__(self, names: Callable[[], list[str]], others: str = "") -> None:
+        super().__init__([])
+        self.names, self.others = names, others
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join([*self.names(), *([self.others] if self.others else [])])}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)  # what it names refuses it in a sentence
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Use one of {', '.join(self.names())}."
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
+
+
+def names_of(module: str, table: str) -> Callable[[], list[str]]:
+    """The keys of a module's table, such as ``recipes.RECIPES``, once they are asked for."""
+    return lambda: list(getattr(import_module(f"frlkit.{module}"), table))
+
+
+DATA = click.option(
+    "--dataset", type=Choice(names_of("data", "READERS"), "folder:PATH"), default="fashion_mnist", show_default=True
+)
+DEVICE = click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
+RUNS = click.option(
+    "--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/."
+)
