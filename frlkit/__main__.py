@@ -61,7 +61,7 @@ def recipes() -> None:
 @main.command()
 @click.argument("url")
 def address(url: str) -> None:
-    """Rewrite the repository's address, https://github.com/OWNER/NAME, in badges, notebooks and documents: for a fork."""
+    """For a fork: rewrite the address https://github.com/OWNER/NAME in badges, notebooks and documents."""
     from frlkit import origin
 
     changed = origin.address(url)
