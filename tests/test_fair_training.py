@@ -28,7 +28,7 @@ from frlkit.recipes import Config, FairConfig
 
 QUICK = {"epochs": 3, "batch_size": 64, "steps": 2, "start_epochs": 1}
 RESUMED = ("algorithm1_reweight", "algorithm1_remargin", "algorithm1_both", "official_both", "report_remargin")
-RESUMED += ("baseline_reweight", "dafa", "report_reweight,update_images=28,smoothing=0.5")
+RESUMED += ("baseline_reweight", "dafa", "report_reweight,validation=0.1,update_images=28,smoothing=0.5,updates=2")
 
 
 def fair(recipe: str, **values: Any) -> FairConfig:
@@ -472,7 +472,7 @@ class TestStart:
 
     def test_seed_model_and_length_of_the_start(self, tiny: Dataset, tmp_path: Path) -> None:
         config = recipes.configure("uniform,start=natural", "digits", 4, **{**QUICK, "epochs": 1, "start_epochs": 2})
-        runs.run(config, tiny, runs.folder(tmp_path, "mine", config))
+        runs.run(config, tiny, tmp_path / "digits" / "mine" / "seed4")
         assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["mine", "natural"]
         assert [path.name for path in (tmp_path / "digits" / "natural").iterdir()] == ["seed4"]
         _, found = runs.read_weights(tmp_path / "digits" / "natural" / "seed4" / runs.WEIGHTS)
@@ -619,6 +619,7 @@ class TestMeasuring:
             return spied
 
         monkeypatch.setattr(evaluation, "class_errors", spy(evaluation.class_errors))
+        monkeypatch.setattr(evaluation, "changed", spy(evaluation.changed))
         monkeypatch.setattr(evaluation, "class_similarity", spy(evaluation.class_similarity))
         straight = training.train_epoch
 
@@ -635,8 +636,9 @@ class TestMeasuring:
         ("recipe", "measures", "radii"),
         [
             ("algorithm1_both", 4, {8.0}),  # at the start and after every epoch
-            ("official_both", 4 + 3 * 4, {8.0}),  # and before every part but the first
-            ("report_reweight,updates=4", 4 + 3 * 4, {8.0, 16.0}),  # and at its own radius before every part
+            ("official_both,updates=5", 4 + 3 * 4, {8.0}),  # and before every part but the first
+            # before every part clean errors, and predictions that change at its own radius
+            ("report_reweight,validation=0.1,update_images=0,updates=4", 4 + 3 * 4 * 2, {0.0, 8.0, 16.0}),
             ("dafa", 5, {8.0}),
             ("uniform,measure_255=12", 4 + 3, {8.0, 12.0}),
         ],
@@ -660,7 +662,8 @@ class TestMeasuring:
             assert {image.numpy().tobytes() for image in split.images} <= held
         assert len(measured) == measures
         assert {attack.eps_255 for _, attack in measured} == radii
-        assert all(attack == Attack(eps_255=attack.eps_255) for _, attack in measured)  # PGD-20, step 2/255
+        for _, attack in measured:  # PGD-20, step 2/255, or the clean images
+            assert attack == Attack(eps_255=attack.eps_255, steps=20 if attack.eps_255 else 0)
 
     def test_a_random_sample_of_the_validation_images(
         self, tiny: Dataset, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -679,14 +682,14 @@ class TestMeasuring:
 
     @pytest.mark.parametrize("missed", [3, 9])
     def test_a_sample_that_misses_a_class_is_refused(
-        self, tiny: Dataset, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: int
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: int
     ) -> None:
         others = (tiny.validation.labels != missed).nonzero()[:, 0]
         one = (tiny.validation.labels == missed).nonzero()[:1, 0]
         index = torch.cat([others[:20], one])
         held = Split(tiny.validation.images[index], tiny.validation.labels[index])
         monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
-        data, place = replace(tiny, validation=held), place_of(tmp_path, start, "official_both")
+        data, place = replace(tiny, validation=held), tmp_path / "digits" / "official_both" / "seed0"
         with pytest.raises(KitError, match=f"^update_images = 20 is not allowed here: .* class {missed}"):
             runs.run(fair("official_both", update_images=20), data, place)
 

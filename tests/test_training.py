@@ -630,10 +630,10 @@ class TestStudy:
         runs.study(["natural"], [0, 1], "digits", tmp_path, tiny, **self.VALUES)
         return tmp_path
 
-    def read(self, runs: Path, **change: Any) -> Any:
+    def read(self, place: Path, **change: Any) -> Any:
         arguments: dict[str, Any] = {"recipes": ["natural"], "seeds": [0, 1], "dataset": "digits"}
         arguments.update({**self.VALUES, **change})
-        return runs.study(runs=runs, tensors=None, **arguments)
+        return runs.study(runs=place, tensors=None, **arguments)
 
     def test_without_data_the_records_are_read(self, finished: Path) -> None:
         records, histories = self.read(finished)
