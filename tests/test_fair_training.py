@@ -596,7 +596,7 @@ class TestResume:
         stop_after(monkeypatch, tiny, config, changed, 4)
         state = checkpoint.read(changed / "checkpoint.pt")
         if part is not None:
-            state["multipliers"][part][3] += 0.3
+            state["multipliers"][part][3] += 3.0 if part == "log_radius" else 0.3
         checkpoint.save(changed / "checkpoint.pt", state)
         runs.run(config, tiny, changed)
         weights = [weights_of(place)["fc2.bias"] for place in (straight, changed)]
@@ -638,7 +638,7 @@ class TestMeasuring:
             ("algorithm1_both", 4, {8.0}),  # at the start and after every epoch
             ("official_both,updates=5", 4 + 3 * 4, {8.0}),  # and before every part but the first
             # before every part clean errors, and predictions that change at its own radius
-            ("report_reweight,validation=0.1,update_images=0,updates=4", 4 + 3 * 4 * 2, {0.0, 8.0, 16.0}),
+            ("report_reweight,start=pgd_at,validation=0.1,update_images=0,updates=4", 4 + 3 * 4 * 2, {0.0, 8.0, 16.0}),
             ("dafa", 5, {8.0}),
             ("uniform,measure_255=12", 4 + 3, {8.0, 12.0}),
         ],
