@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ def run(config: Config, data: Dataset, place: Path) -> nn.Module:
     One process at a time: a second waits. Raises `KitError` where the folder belongs to another configuration or cannot
     be written, and `training.TrainingDivergedError` where the loss or a weight is no longer finite.
     """
-    data = data.with_validation(config.validation)
+    own = data.with_validation(config.validation)
     if distributed.from_main(lambda: _at_rest(place)):
-        return _finish(config, data, place)
+        return _finish(config, own, place)
     with disk.only_one(place) if distributed.is_main() else contextlib.nullcontext():
         if not distributed.from_main(lambda: _has_weights(place)):
-            _train(config, data, place)
-        return _finish(config, data, place)
+            _train(config, own, place, lambda: _starting_model(config, data, place))
+        return _finish(config, own, place)
 
 
 def _at_rest(place: Path) -> bool:
@@ -71,13 +71,13 @@ def _has_weights(place: Path) -> bool:
     return disk.exists(place / WEIGHTS)
 
 
-def _train(config: Config, data: Dataset, place: Path) -> None:
+def _train(config: Config, data: Dataset, place: Path, starting_model: Callable[[], nn.Module]) -> None:
     """Epochs from the newest checkpoint to the last, saving after each; leaves weights and history."""
     path = place / "checkpoint.pt"
     own: dict[str, Any] = {"config": described(config), "data_sha256": data.fingerprint}
     state = distributed.from_main(lambda: checkpoint.resume(path, own["config"]))
     if state is None:
-        progress = training.begin(config, data, _starting_model(config, data, place))
+        progress = training.begin(config, data, starting_model())
         if progress.start is not None:
             progress.start = {"sha256": checkpoint.digest(dict(progress.model.state_dict())), **progress.start}
         own["made_by"] = []
@@ -159,7 +159,16 @@ def write_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], 
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     head = {"format": "pt", "frlkit": __version__, "config": json.dumps(config), "num_classes": str(classes)}
     head["sha256"] = checkpoint.digest(tensors)
-    checkpoint.write_atomically(path, safetensors.torch.save(tensors, metadata=head))
+    content = safetensors.torch.save(tensors, metadata=head)
+    checkpoint.write_atomically(path, _in_order(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file of safetensors with its metadata sorted, as the library's own order is another every time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    text = json.dumps(json.loads(content[8:end]), sort_keys=True, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -172,7 +181,7 @@ def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             head = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         config, classes = json.loads(head["config"]), int(head["num_classes"])
-        model = models.build(config["model"], classes)
+        model = models.build(config["model"], classes, seed=0)  # the caller's random numbers are left alone
         model.load_state_dict(tensors)
         whole = checkpoint.digest(dict(model.state_dict())) == head["sha256"]
     except FileNotFoundError:

@@ -53,7 +53,7 @@ MUTANTS = [
     ),
     Mutant(
         "a record of other weights is reused",
-        *("evaluation.py", '"weights_sha256": weights,', '"weights_sha256": "",', EVALUATION),
+        *("records.py", '"weights_sha256": checkpoint.digest(dict(model.state_dict())),', "", EVALUATION),
     ),
     Mutant(
         "evaluation in train mode",
@@ -74,7 +74,11 @@ MUTANTS = [
     ),
     Mutant(
         "natural and boundary weights swapped",
-        *("fairness.py", "weigh(state.phi_nat), weigh(state.phi_bdy)", "weigh(state.phi_bdy), weigh(state.phi_nat)"),
+        *(
+            "fairness.py",
+            "weights(state.phi_nat), weights(state.phi_bdy)",
+            "weights(state.phi_bdy), weights(state.phi_nat)",
+        ),
         FAIRNESS,
     ),
     Mutant("radius above its cap", "fairness.py", "state.log_radius.clamp(low, high)", "state.log_radius", FAIRNESS),
@@ -98,34 +102,64 @@ MUTANTS = [
         *("training.py", "stream(config.seed, epoch, START,", "stream(config.seed, 0, START,", TRAINING),
     ),
     Mutant("the rate never falls", "training.py", "** (int(epoch) // config.lr_every)", "** 0", TRAINING),
-    Mutant("TRADES without beta", "training.py", "+ config.beta * divergence", "+ divergence", TRAINING),
+    Mutant("TRADES without beta", "losses.py", "+ config.beta * divergence", "+ divergence", TRAINING),
     Mutant("training in eval mode", "training.py", "    model.train()\n", "    model.eval()\n", TRAINING),
     Mutant("the last images are left out", "training.py", "batches[first:last]", "batches[first : last - 1]", TRAINING),
-    Mutant("optimiser not stored", "training.py", '"optimizer": optimizer.state_dict(),', "", TRAINING),
-    Mutant("optimiser not restored", "training.py", 'optimizer.load_state_dict(state["optimizer"])', "pass", TRAINING),
-    Mutant("history begins anew", "training.py", '[*state["history"], entry]', "[entry]", TRAINING),
+    Mutant("optimiser not stored", "training.py", '"optimizer": self.optimizer.state_dict(),', "", TRAINING),
+    Mutant(
+        "optimiser not restored", "training.py", 'run.optimizer.load_state_dict(state["optimizer"])', "pass", TRAINING
+    ),
+    Mutant("history begins anew", "training.py", "[*run.history, entry]", "[entry]", TRAINING),
     Mutant(
         "errors before the first epoch serve all",
-        *("training.py", '(state["history"][-1] if state["history"] else state["start"])', 'state["start"]', FAIR),
+        *("training.py", "(run.history[-1] if run.history else run.start)", "run.start", FAIR),
     ),
     Mutant(
-        "multipliers not stored",
-        *("training.py", 'state["multipliers"] = multipliers._asdict()', "state = {**state}", FAIR),
+        "multipliers not restored",
+        *("training.py", 'fairness.State(**state["multipliers"])', "run.multipliers", FAIR),
     ),
-    Mutant("labels do not travel with images", "training.py", "else y[order]", "else y", FAIR),
+    Mutant("labels do not travel with images", "losses.py", "else y[order]", "else y", FAIR),
     Mutant(
         "one radius for all classes",
         *(
-            "training.py",
+            "losses.py",
             "config.eps_255 / 255 * balance.radius_factors[y]",
             "(0 * balance.radius_factors[y] + config.eps_255 / 255)",
         ),
         FAIR,
     ),
-    Mutant("FRL without beta", "training.py", "natural + config.beta * _weighted", "natural + _weighted", FAIR),
+    Mutant("FRL without beta", "losses.py", "natural + config.beta * boundary", "natural + boundary", FAIR),
     Mutant(
         "every part of an epoch is the first",
-        *("training.py", "epoch, (part, config.updates), balance", "epoch, (0, config.updates), balance", FAIR),
+        *("training.py", "run.epoch, (part, config.updates))", "run.epoch, (0, config.updates))", FAIR),
+    ),
+    Mutant("printed weights made to sum to 1", "losses.py", 'config.weighting == "printed"', "False", FAIR),
+    Mutant("biases moved anew every time", "training.py", " - fairness.offsets(before)).to", ").to", FAIR),
+    Mutant("multipliers in every epoch", "training.py", "run.epoch % config.inner_epochs == 0", "True", FAIR),
+    Mutant("changed predictions do not count", "training.py", 'config.boundary == "changed"', "False", FAIR),
+    Mutant(
+        "the average is not kept", "training.py", "return self.average or self.model", "return self.model", TRAINING
+    ),
+    Mutant("the average runs too fast", "training.py", "1 - decay)", "decay)", TRAINING),
+    Mutant(
+        "the average is not restored", "training.py", 'run.average.load_state_dict(state["average"])', "pass", TRAINING
+    ),
+    Mutant("weights that are NaN pass", "training.py", "        _refuse_nonfinite(run)\n", "", TRAINING),
+    Mutant("weights of another digest pass", "runs.py", '== head["sha256"]', "is not None", TRAINING),
+    Mutant(
+        "a finished run's configuration is not looked at",
+        "runs.py",
+        "found, described(config))\n    return",
+        "{}, {})\n    return",
+        TRAINING,
+    ),
+    Mutant("old outcomes stay", "records.py", 'str(found["weights_sha256"]) != weights', "False", EVALUATION),
+    Mutant(
+        "other images pass",
+        "runs.py",
+        'found.get("data_sha256", data.fingerprint) != data.fingerprint',
+        "False",
+        TRAINING,
     ),
     Mutant("the generation before is lost", "checkpoint.py", "os.replace(path, keep)", "pass", CHECKPOINT),
     Mutant("not flushed to disk", "checkpoint.py", "os.fsync(file.fileno())", "pass", CHECKPOINT),

@@ -28,7 +28,7 @@ from frlkit.recipes import Config, FairConfig
 
 QUICK = {"epochs": 3, "batch_size": 64, "steps": 2, "start_epochs": 1}
 RESUMED = ("algorithm1_reweight", "algorithm1_remargin", "algorithm1_both", "official_both", "report_remargin")
-RESUMED += ("baseline_reweight", "dafa", "report_reweight,update_images=28,smoothing=0.5")
+RESUMED += ("baseline_reweight", "dafa", "report_reweight,validation=0.1,update_images=28,smoothing=0.5,updates=2")
 
 
 def fair(recipe: str, **values: Any) -> FairConfig:
@@ -220,6 +220,9 @@ def loss_by_loops(model: nn.Module, x: Tensor, y: Tensor, config: FairConfig, ba
         weights = [float(balance.weights_bdy[label]) for label in predicted]
         return natural + weighted_mean([-row[label] for row, label in zip(q, predicted, strict=True)], weights)
     divergences = [(one.exp() * (one - other)).sum() for one, other in zip(p, q, strict=True)]
+    if config.weighting == "printed":  # as Algorithm 1 writes them: nothing is divided by the weights' sum
+        sums = [float(weights.sum()) for weights in balance[:2]]
+        return sums[0] * natural + config.beta * sums[1] * weighted_mean(divergences, bdy)
     return natural + (config.beta if frl else 1.0) * weighted_mean(divergences, bdy)
 
 
@@ -246,6 +249,16 @@ class TestFairLoss:
         gradients = (torch.autograd.grad(value, [*model.parameters()]) for value in (found, expected))
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+
+    def test_printed_weights_count_as_they_are(self) -> None:
+        model, x, y = small()
+        balance = BALANCE._replace(weights_nat=3 * BALANCE.weights_nat, weights_bdy=0.5 * BALANCE.weights_bdy)
+        values = {"beta": 2.5, "steps": 3, "eps_255": 30.0, "step_255": 12.0}
+        found = losses.loss(model, x, y, FairConfig("frl", weighting="printed", **values), stream(7), balance)
+        expected = loss_by_loops(model, x, y, FairConfig("frl", weighting="printed", **values), balance, 7)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+        bounded = losses.loss(model, x, y, FairConfig("frl", **values), stream(7), balance)
+        assert float(found.detach()) > 1.5 * float(bounded.detach())  # only there does the sum count
 
     def test_every_method_has_another_loss(self) -> None:
         model, x, y = small()
@@ -472,7 +485,7 @@ class TestStart:
 
     def test_seed_model_and_length_of_the_start(self, tiny: Dataset, tmp_path: Path) -> None:
         config = recipes.configure("uniform,start=natural", "digits", 4, **{**QUICK, "epochs": 1, "start_epochs": 2})
-        runs.run(config, tiny, runs.folder(tmp_path, "mine", config))
+        runs.run(config, tiny, tmp_path / "digits" / "mine" / "seed4")
         assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["mine", "natural"]
         assert [path.name for path in (tmp_path / "digits" / "natural").iterdir()] == ["seed4"]
         _, found = runs.read_weights(tmp_path / "digits" / "natural" / "seed4" / runs.WEIGHTS)
@@ -596,7 +609,7 @@ class TestResume:
         stop_after(monkeypatch, tiny, config, changed, 4)
         state = checkpoint.read(changed / "checkpoint.pt")
         if part is not None:
-            state["multipliers"][part][3] += 0.3
+            state["multipliers"][part][3] += 3.0 if part == "log_radius" else 0.3
         checkpoint.save(changed / "checkpoint.pt", state)
         runs.run(config, tiny, changed)
         weights = [weights_of(place)["fc2.bias"] for place in (straight, changed)]
@@ -619,6 +632,7 @@ class TestMeasuring:
             return spied
 
         monkeypatch.setattr(evaluation, "class_errors", spy(evaluation.class_errors))
+        monkeypatch.setattr(evaluation, "changed", spy(evaluation.changed))
         monkeypatch.setattr(evaluation, "class_similarity", spy(evaluation.class_similarity))
         straight = training.train_epoch
 
@@ -635,8 +649,9 @@ class TestMeasuring:
         ("recipe", "measures", "radii"),
         [
             ("algorithm1_both", 4, {8.0}),  # at the start and after every epoch
-            ("official_both", 4 + 3 * 4, {8.0}),  # and before every part but the first
-            ("report_reweight,updates=4", 4 + 3 * 4, {8.0, 16.0}),  # and at its own radius before every part
+            ("official_both,updates=5", 4 + 3 * 4, {8.0}),  # and before every part but the first
+            # before every part clean errors, and predictions that change at its own radius
+            ("report_reweight,start=pgd_at,validation=0.1,update_images=0,updates=4", 4 + 3 * 4 * 2, {0.0, 8.0, 16.0}),
             ("dafa", 5, {8.0}),
             ("uniform,measure_255=12", 4 + 3, {8.0, 12.0}),
         ],
@@ -660,7 +675,8 @@ class TestMeasuring:
             assert {image.numpy().tobytes() for image in split.images} <= held
         assert len(measured) == measures
         assert {attack.eps_255 for _, attack in measured} == radii
-        assert all(attack == Attack(eps_255=attack.eps_255) for _, attack in measured)  # PGD-20, step 2/255
+        for _, attack in measured:  # PGD-20, step 2/255, or the clean images
+            assert attack == Attack(eps_255=attack.eps_255, steps=20 if attack.eps_255 else 0)
 
     def test_a_random_sample_of_the_validation_images(
         self, tiny: Dataset, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -679,14 +695,14 @@ class TestMeasuring:
 
     @pytest.mark.parametrize("missed", [3, 9])
     def test_a_sample_that_misses_a_class_is_refused(
-        self, tiny: Dataset, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: int
+        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: int
     ) -> None:
         others = (tiny.validation.labels != missed).nonzero()[:, 0]
         one = (tiny.validation.labels == missed).nonzero()[:1, 0]
         index = torch.cat([others[:20], one])
         held = Split(tiny.validation.images[index], tiny.validation.labels[index])
         monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
-        data, place = replace(tiny, validation=held), place_of(tmp_path, start, "official_both")
+        data, place = replace(tiny, validation=held), tmp_path / "digits" / "official_both" / "seed0"
         with pytest.raises(KitError, match=f"^update_images = 20 is not allowed here: .* class {missed}"):
             runs.run(fair("official_both", update_images=20), data, place)
 
@@ -765,6 +781,94 @@ class TestMeasuring:
         (entry,) = history_of(place)["epochs"]
         assert entry["radius_factors"] == pytest.approx([2.0 if name == 6 else 1.0 for name in range(10)])
         assert entry["weights_nat"] == entry["weights_bdy"] == pytest.approx([0.1] * 10)
+
+
+class TestInnerEpochs:
+    def test_multipliers_rest_between_updates(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
+        """Of four epochs the first and the third begin with an update; `inner_epochs` are Algorithm 1's BEST."""
+        config = fair("algorithm1_both", epochs=4, inner_epochs=2, tau_nat=0.0, tau_bdy=0.0, ema=0.0)
+        place = place_of(tmp_path, start, "algorithm1_both")
+        runs.run(config, tiny, place)
+        history, state = history_of(place), fairness.initial(10)
+        known = [history["start"]["validation"], *(entry["validation"] for entry in history["epochs"])]
+        for epoch, entry in enumerate(history["epochs"]):
+            if epoch in (0, 2):
+                natural, robust = (torch.tensor(known[epoch][kind]).double() for kind in ("natural", "robust"))
+                state = fairness.update(state, natural, robust - natural, config)
+            for name, values in fairness.setting(state, config)._asdict().items():
+                assert entry[name] == pytest.approx(values.tolist(), rel=1e-6), (epoch, name)
+        assert history["epochs"][1]["weights_nat"] != history["epochs"][2]["weights_nat"]
+
+
+class TestChanged:
+    """The report's boundary error: any prediction that the attack changes, right or wrong."""
+
+    def test_against_counting(self, tiny: Dataset, start: Path) -> None:
+        model = runs.load(start, recipes.configure("pgd_at", "digits", 0, epochs=1, batch_size=64))
+        attack, split = Attack(eps_255=40.0, step_255=8.0, steps=5), tiny.test
+        found = evaluation.changed(model, split, attack)
+        x, y = split.batch(slice(None))
+        moved = evaluation.pgd(model, x, y, 40 / 255, 8 / 255, 5, generator=stream(0, 0))
+        before, after = (model(images).argmax(1).tolist() for images in (x, moved))
+        counted = [0.0] * 10
+        for label, one, other in zip(y.tolist(), before, after, strict=True):
+            counted[label] += (one != other) / 5
+        assert found.tolist() == pytest.approx(counted)
+        assert found.sum() > evaluation.class_errors(model, split, attack).boundary.sum()  # wrong ones change too
+
+    def test_multipliers_follow_it(self, tiny: Dataset, start: Path, tmp_path: Path) -> None:
+        config = fair("algorithm1_reweight", epochs=1, boundary="changed", tau_nat=0.0, tau_bdy=0.0, measure_255=32.0)
+        place = place_of(tmp_path, start, "algorithm1_reweight")
+        runs.run(config, tiny, place)
+        model = runs.load(start, recipes.configure("pgd_at", "digits", 0, epochs=1, batch_size=64))
+        natural = evaluation.class_errors(model, tiny.validation, Attack(eps_255=0.0, steps=0)).natural
+        changed = evaluation.changed(model, tiny.validation, Attack(eps_255=32.0))
+        state = fairness.update(fairness.initial(10), torch.tensor(natural), torch.tensor(changed), config)
+        (entry,) = history_of(place)["epochs"]
+        assert entry["weights_nat"] == pytest.approx(fairness.class_weights(state.phi_nat).tolist())
+        assert entry["weights_bdy"] == pytest.approx(fairness.class_weights(state.phi_bdy).tolist())
+
+
+class TestIntercept:
+    def test_only_the_output_biases_move_and_as_the_multipliers_do(
+        self, tiny: Dataset, start: Path, tmp_path: Path
+    ) -> None:
+        config = fair("intercept,start=pgd_at", epochs=3, tau_nat=0.0, tau_bdy=0.0)
+        place = place_of(tmp_path, start, "intercept,start=pgd_at")
+        model = runs.run(config, tiny, place)
+        history, before = history_of(place), weights_of(start)
+        state = fairness.initial(10)
+        known = [history["start"]["validation"], *(entry["validation"] for entry in history["epochs"])]
+        for measured in known[:3]:
+            natural, robust = (torch.tensor(measured[kind]).double() for kind in ("natural", "robust"))
+            state = fairness.update(state, natural, robust - natural, config)
+        total = state.phi_nat + state.phi_bdy
+        for name, value in model.state_dict().items():
+            moved = (total - total.mean()).float() if name == "fc2.bias" else 0
+            torch.testing.assert_close(value, before[name] + moved, rtol=1e-5, atol=1e-6 if name == "fc2.bias" else 0)
+        assert not torch.equal(model.fc2.bias, before["fc2.bias"])
+        x, y = tiny.validation.batch(slice(None))
+        assert history["epochs"][-1]["loss"] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
+
+    def test_stopped_and_resumed_equals_straight(
+        self, tiny: Dataset, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, places = fair("intercept,start=pgd_at", epochs=3), []
+        for name in ("straight", "stopped"):
+            places.append(place_of(tmp_path / name, start, "intercept,start=pgd_at"))
+        runs.run(config, tiny, places[0])
+        save = checkpoint.save
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+
+            def stop(path: Path, state: dict[str, Any], **names: Any) -> None:
+                if state["epoch"] == 3:
+                    raise StoppedError
+                save(path, state, **names)
+
+            patch.setattr(checkpoint, "save", stop)
+            runs.run(config, tiny, places[1])
+        runs.run(config, tiny, places[1])
+        assert_same_run(*places)
 
 
 SCRIPT = """

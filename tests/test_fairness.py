@@ -274,11 +274,29 @@ class TestSetting:
         close(fairness.setting(state, rule).radius_factors, [0.0, math.exp(-1)])
 
     def test_at_the_start_all_classes_are_alike(self) -> None:
-        for weighting in ("lagrangian", "softmax"):
+        for weighting in ("lagrangian", "softmax", "printed", "intercept"):
             weights_nat, weights_bdy, factors = fairness.setting(fairness.initial(5), Rule(weighting=weighting))
             close(weights_nat, [0.2] * 5)
             close(weights_bdy, [0.2] * 5)
             close(factors, [1.0] * 5)
+
+    def test_printed_weights_are_not_shared_out(self) -> None:
+        """1/C + phi_i, as Algorithm 1 is printed: nothing is taken from others, nothing bounded but from below."""
+        rule = Rule(alpha_nat=2.0, tau_nat=0.05, weighting="printed", subtract_average=False)
+        state = steps(rule, vector(0.1, 0.2, 0.01), BOUNDARY, 3)  # violations 0.05, 0.15, -0.04
+        close(state.phi_nat, [0.3, 0.9, 0])
+        weights_nat, weights_bdy, _ = fairness.setting(state, rule)
+        close(weights_nat, [1 / 3 + 0.3, 1 / 3 + 0.9, 1 / 3])
+        close(weights_bdy, [1 / 3] * 3)
+
+    def test_the_intercept_control_moves_biases_instead(self) -> None:
+        rule = replace(RULE, alpha_nat=1.0, alpha_bdy=2.0, weighting="intercept", bound=0.1)
+        state = steps(rule, NATURAL, BOUNDARY, 2)  # violations 0.25 of class 2, 0.18 of class 0; no bound
+        close(state.phi_nat, [0, 0, 0.5])
+        close(state.phi_bdy, [0.72, 0, 0])
+        for weights in fairness.setting(state, rule)[:2]:
+            close(weights, [1 / 3] * 3)
+        close(fairness.offsets(state), [0.72 - 1.22 / 3, -1.22 / 3, 0.5 - 1.22 / 3])
 
 
 class TestOneClass:
@@ -370,14 +388,30 @@ class TestRecipes:
     @pytest.mark.parametrize("name", recipes.FAIR)
     def test_every_recipe_builds(self, name: str) -> None:
         config = recipe(name)
-        assert config.epochs == 8
-        assert {key: getattr(config, key) for key in recipes.FAIR[name]} == recipes.FAIR[name]
+        values = recipes.FAIR[name].values
+        assert {key: getattr(config, key) for key in values} == values
         for weights_nat, weights_bdy, factors in settings_after(name):
-            assert float(weights_nat.sum()) == pytest.approx(1)
-            assert float(weights_bdy.sum()) == pytest.approx(1)
+            for weights in (weights_nat, weights_bdy):
+                assert float(weights.sum()) == pytest.approx(1) or (name.startswith("printed") and weights.sum() > 1)
             assert min(float(values.min()) for values in (weights_nat, weights_bdy, factors)) >= 0
             assert config.radius_low * 0.999999 <= float(factors.min())
             assert float(factors.max()) <= config.radius_high * 1.000001
+
+    def test_epochs_by_family(self) -> None:
+        """The kit's loop has twelve, from random weights as many as start and retraining together; sources' own."""
+        kinds = {"printed": 40, "eq17": 40, "official": 40, "intercept": 24, "random": 15 + 12}
+        for name in recipes.FAIR:
+            report = {"report_remargin": 10, "report_reweight": 20, "report_uniform": 20}
+            assert recipe(name).epochs == report.get(name, kinds.get(name.split("_")[0], 12)), name
+
+    @pytest.mark.parametrize("name", recipes.RECIPES)
+    def test_every_recipe_has_title_and_source(self, name: str) -> None:
+        found = recipes.RECIPES[name]
+        assert found.title and found.source
+        assert recipes.title(name) == found.title
+        assert recipes.title(f"{name},lr=0.1") == f"{found.title}, lr=0.1"
+        assert [other for other in recipes.RECIPES if recipes.RECIPES[other].title == found.title] == [name]
+        assert ("control" in found.title) == (found.source == "control")
 
     @pytest.mark.parametrize(
         ("name", "rates"),
@@ -389,7 +423,14 @@ class TestRecipes:
             ("shrunk_margin", {"alpha_nat", "alpha_margin"}),
             *((f"{who}_both", {"alpha_nat", "alpha_bdy", "alpha_margin"}) for who in ("algorithm1", "official")),
             ("baseline_reweight", {"alpha_bdy"}),
-            *((name, set()) for name in ("dafa", "one_class")),
+            *((name, set()) for name in ("dafa", "one_class", "baseline_uniform", "random_start_uniform")),
+            *((f"{who}_reweight", {"alpha_nat", "alpha_bdy"}) for who in ("printed", "eq17")),
+            *((f"{who}_remargin", {"alpha_nat", "alpha_margin"}) for who in ("printed", "eq17")),
+            *((f"{who}_both", {"alpha_nat", "alpha_bdy", "alpha_margin"}) for who in ("printed", "eq17")),
+            ("random_start_both", {"alpha_nat", "alpha_bdy", "alpha_margin"}),
+            *((name, {"alpha_nat"}) for name in ("natural_only", "constant_radius")),
+            ("boundary_only", {"alpha_bdy"}),
+            ("radii_only", {"alpha_margin"}),
         ],
     )
     def test_what_an_option_moves(self, name: str, rates: set[str]) -> None:
@@ -401,7 +442,7 @@ class TestRecipes:
         for rate, values in (("alpha_nat", weights_nat), ("alpha_bdy", weights_bdy), ("alpha_margin", factors)):
             assert bool((values == values[0]).all()) == (rate not in rates)
 
-    @pytest.mark.parametrize("name", ["uniform", "constant_margin", "official_uniform", "report_uniform"])
+    @pytest.mark.parametrize("name", [name for name in recipes.FAIR if name.endswith("uniform")] + ["constant_margin"])
     def test_a_control_treats_all_alike_for_ever(self, name: str) -> None:
         for weights_nat, weights_bdy, factors in settings_after(name):
             close(weights_nat, [1 / 3] * 3)
@@ -412,7 +453,7 @@ class TestRecipes:
         """Class 2 has the largest natural error, class 0 the largest boundary error."""
         for name in recipes.FAIR:
             config, (weights_nat, weights_bdy, factors) = recipe(name), settings_after(name)[-1]
-            if config.scheme != "multipliers":
+            if config.scheme != "multipliers" or config.weighting == "intercept":
                 continue
             if config.alpha_nat:
                 assert int(weights_nat.argmax()) == 2
@@ -438,7 +479,8 @@ class TestRecipes:
     def test_differently_weighted_recipes_give_different_settings(self) -> None:
         """But for radius and attack alone: the controls and constant_margin weigh alike."""
         weighted = [name for name in recipes.FAIR if name.split("_")[-1] in ("reweight", "remargin", "both")]
-        weighted += ["shrunk_margin", "dafa", "one_class", "uniform"]
+        weighted.remove("random_start_both")  # algorithm1_both's rule from another start
+        weighted += ["shrunk_margin", "dafa", "one_class", "uniform", "natural_only", "boundary_only", "radii_only"]
         found = {name: torch.cat(settings_after(name)[-1]) for name in weighted}
         for first, second in itertools.combinations(weighted, 2):
             assert not torch.allclose(found[first], found[second], atol=1e-6), (first, second)

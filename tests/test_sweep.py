@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from frlkit import PROJECT, KitError, checkpoint, data, recipes, runs, training
+from frlkit import PROJECT, KitError, data, recipes, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
 from frlkit.scale import clusters, sweeps
@@ -58,8 +58,8 @@ class TestPlan:
         text = "grid: [{recipe: report_reweight, alpha_nat: [1, 5.0], alpha_bdy: [0.5, 5], seed: [0, 2]}]"
         planned = sweeps.plan(written(tmp_path, text), tmp_path)
         pairs = [("1", "0.5"), ("1", "5"), ("5", "0.5"), ("5", "5")]
-        recipes = [f"report_reweight,alpha_nat={a},alpha_bdy={b}" for a, b in pairs]
-        expected = [f"fashion_mnist/{recipe}/seed{seed}" for seed in (0, 2) for recipe in recipes]
+        names_of = [f"report_reweight,alpha_nat={a},alpha_bdy={b}" for a, b in pairs]
+        expected = [f"fashion_mnist/{recipe}/seed{seed}" for seed in (0, 2) for recipe in names_of]
         starts = ["fashion_mnist/pgd_at/seed0", "fashion_mnist/pgd_at/seed2"]
         assert names(planned) == starts + expected
         run = planned[-1]
@@ -95,6 +95,21 @@ class TestPlan:
         assert [run.recipe for run in planned] == ["pgd_at", "uniform", "dafa"]
         assert planned[1].start == planned[0]
 
+    def test_a_start_may_have_a_start(self, tmp_path: Path) -> None:
+        planned = sweeps.plan(written(tmp_path, "grid: [{recipe: [intercept_uniform, pgd_at]}]"), tmp_path)
+        assert [(run.recipe, run.depth) for run in planned] == [("pgd_at", 0), ("uniform", 1), ("intercept_uniform", 2)]
+        assert planned[2].start == planned[1]
+        assert planned[1].start == planned[0]
+
+    def test_random_weights_are_no_run(self, tmp_path: Path) -> None:
+        planned = sweeps.plan(written(tmp_path, "grid: [{recipe: random_start_both}]"), tmp_path)
+        assert [(run.recipe, run.start, run.depth) for run in planned] == [("random_start_both", None, 0)]
+
+    def test_values_are_spelled_alike(self, tmp_path: Path) -> None:
+        text = "grid: [{recipe: 'uniform,epochs=03', lr: 1.0e-2}, {recipe: uniform, epochs: [3, 3.0], lr: 0.01}]"
+        planned = sweeps.plan(written(tmp_path, text), tmp_path)
+        assert [run.recipe for run in planned] == ["pgd_at", "uniform,epochs=3,lr=0.01"]
+
     @pytest.mark.parametrize(
         ("text", "said"),
         [
@@ -115,13 +130,16 @@ class TestPlan:
             ("grid: [{recipe: natural, values: {colour: red}}]", "'colour' is no field of a run of natural"),
             ("grid: [{recipe: natural, values: 3}]", "values = 3 is not allowed: use fields and values"),
             ("grid: [{recipe: natural, seed: []}]", "seed = [] is not allowed in a grid"),
-            ("grid: [{recipe: natural, seed: one}]", "seed = 'one' is not allowed: use a int"),
+            ("grid: [{recipe: natural, seed: one}]", "seed = 'one' is not allowed: use a whole number from 0 to"),
             ("grid: [{recipe: natural, seed: -1}]", "seed = -1 is not allowed"),
             ("grid: [{recipe: natural, dataset: mnist}]", "dataset = 'mnist' is unknown"),
             ("grid: [{recipe: natural, model: vgg}]", "model = 'vgg' is unknown"),
-            ("grid: [{recipe: uniform, tau_nat: [0.1, many]}]", "tau_nat = 'many' is not allowed: use a float"),
-            ("grid: [{recipe: uniform, tau_nat: [0.1, 2]}]", "tau_nat = 2.0 is not allowed"),
-            ("grid: [{recipe: uniform, eps_255: .nan}]", "eps_255 = nan is not allowed"),
+            (
+                "grid: [{recipe: uniform, tau_nat: [0.1, many]}]",
+                "tau_nat = 'many' is not allowed: use a number from 0 to 1",
+            ),
+            ("grid: [{recipe: uniform, tau_nat: [0.1, 2]}]", "tau_nat = '2' is not allowed: use a number from 0 to 1"),
+            ("grid: [{recipe: uniform, eps_255: .nan}]", "eps_255 = 'nan' is not allowed"),
             ("grid: [{recipe: uniform, step: [[own]]}]", "step = \"['own']\" is unknown"),
             (
                 "grid: [{recipe: pgd_at, values: {epochs: 3}}, {recipe: uniform}]",
@@ -145,7 +163,7 @@ class TestPlan:
         [
             (["--jobs", "0"], "--jobs"),
             (["--shares", "0"], "--shares"),
-            (["--device", "tpu"], "device = 'tpu' is unknown"),
+            (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
             (["--backend", "slurm"], "--backend"),
             (["--backend", "dask"], "--backend dask with --address '' is not allowed"),
             (["--address", "here:1"], "--backend local with --address 'here:1' is not allowed"),
@@ -203,10 +221,13 @@ def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str
 
     made = {**recipes.described(run.config), **(config or {})}
     run.folder.mkdir(parents=True)
-    (run.folder / "weights.pt").touch()
-    attacks = [{"attack": asdict(attack)} for attack in STANDARD]
-    (run.folder / "record.json").write_text(json.dumps({"config": made, "attacks": attacks}))
-    history = {"config": made, "threads": threads, "epochs": [{"seconds": seconds}] * run.config.epochs}
+    (run.folder / runs.WEIGHTS).touch()
+    errors: dict[str, Any] = {"robust": [0.2, 0.3], "boundary": [0.1, 0.1], "confusion": [[8, 2], [3, 7]]}
+    attacks = [{"attack": asdict(attack), **errors} for attack in STANDARD]
+    record = {"config": made, "dataset": run.config.dataset, "class_names": ["0", "1"], "attacks": attacks}
+    (run.folder / "record.json").write_text(json.dumps(record))
+    epoch = {"lr": 0.1, "loss": 2.0, "seconds": seconds, "validation": {"natural": [0.1, 0.2], "robust": [0.2, 0.3]}}
+    history = {"config": made, "threads": threads, "epochs": [epoch] * run.config.epochs}
     (run.folder / "history.json").write_text(json.dumps(history))
 
 
@@ -320,9 +341,9 @@ class TestHere:
         def run(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(training, "run", run)
+        monkeypatch.setattr(runs, "run", run)
         result = call("sweep", written(tmp_path, SHORT), "--runs", tmp_path / "runs", "--jobs", 1)
-        assert result.exit_code == 1
+        assert result.exit_code == 130
         assert result.stderr == "Error: interrupted; the same command goes on from here\n"
 
     def test_data_that_are_nowhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,13 +379,13 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
-def content(runs: Path) -> dict[str, Any]:
+def content(place: Path) -> dict[str, Any]:
     """All that a sweep has made, but for the time it took: weights bit for bit."""
     found: dict[str, Any] = {}
-    for path in sorted(path for path in runs.rglob("*") if path.is_file()):
-        name = str(path.relative_to(runs))
-        if path.name == "weights.pt":
-            found[name] = checkpoint.digest(checkpoint.read(path))
+    for path in sorted(path for path in place.rglob("*") if path.is_file()):
+        name = str(path.relative_to(place))
+        if path.suffix != ".json":
+            found[name] = path.read_bytes()
         else:
             found[name] = json.loads(path.read_text())
             for epoch in found[name].get("epochs", []):
@@ -395,7 +416,7 @@ def finished(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_notebook_reads_what_a_sweep_made(serial: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train_epoch(*_: Any) -> Any:
+    def train_epoch(*_: Any, **__: Any) -> Any:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(training, "train_epoch", train_epoch)
@@ -436,7 +457,7 @@ def test_ctrl_c_ends_everything_in_one_sentence(tmp_path: Path) -> None:
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert err == "Error: interrupted; the same command goes on from here\n"
     assert not psutil.wait_procs(workers, timeout=30)[1]
 
@@ -534,8 +555,8 @@ class TestAway:
         sent = {name: (run.start.folder / name).read_bytes() for name in runs.FILES}
         files, error = clusters.away(run.recipe, run.config, sent, "cpu")
         assert error == ""
-        assert files["record.json"] == (run.folder / "record.json").read_bytes()
-        assert files["weights.pt"] == (run.folder / "weights.pt").read_bytes()
+        for name in set(runs.FILES) - {"history.json"}:
+            assert files[name] == (run.folder / name).read_bytes()
         assert not list(cache.glob("runs/*"))
 
     def test_goes_on_from_its_last_epoch(
@@ -544,17 +565,17 @@ class TestAway:
         run, trained = sweeps.plan(written(tmp_path, SHORT), serial)[0], []
         original = training.train_epoch
 
-        def train_epoch(*words: Any) -> Any:
+        def train_epoch(*words: Any, **named: Any) -> Any:
             trained.append(words[4])
             if len(trained) == 4:
                 raise MemoryError("no memory left")
-            return original(*words)
+            return original(*words, **named)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         assert clusters.away(run.recipe, run.config, {}, "cpu") == ({}, "MemoryError: no memory left")
         files, error = clusters.away(run.recipe, run.config, {}, "cpu")
         assert (error, trained) == ("", [0, 1, 2, 3, 3, 4, 5, 6, 7])
-        assert files["weights.pt"] == (run.folder / "weights.pt").read_bytes()
+        assert files[runs.WEIGHTS] == (run.folder / runs.WEIGHTS).read_bytes()
 
     def test_data_that_are_nowhere(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def load(name: str, **_: Any) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from conftest import tiny_dataset
 from torch import Tensor, nn
 
 from frlkit import (
@@ -46,6 +48,7 @@ RUNS = {
     "trades": Config("trades", **SMALL),
     "augmented": Config("natural", augment="crop_flip", schedule="cyclic", **SMALL),
     "bf16": Config("pgd_at", precision="bf16", model="lenet5", **SMALL),
+    "ema": Config("pgd_at", ema=0.9, **SMALL),
     "sgd": Config("natural", optimizer="sgd", lr=0.05, weight_decay=1e-4, **SMALL),
 }
 
@@ -343,8 +346,67 @@ class TestEpoch:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+class TestAverage:
+    """`ema`: after every batch, kept <- ema * kept + (1 - ema) * weights."""
+
+    def test_against_the_recursion_by_hand(self, tiny: Dataset) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1024), nn.Linear(1024, 10))
+        average, config = copy.deepcopy(model), replace(RUNS["natural"], ema=0.7)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept = [value.detach().double().clone() for value in model.parameters()]
+        for epoch in (0, 1):
+            for _ in training.train_epoch(model, optimizer, tiny.train, config, epoch, average=average):
+                for mine, now in zip(kept, model.parameters(), strict=True):
+                    mine.mul_(0.7).add_(0.3 * now.detach().double())
+        for mine, found, now in zip(kept, average.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(found.double(), mine, rtol=1e-5, atol=1e-7)
+            assert not torch.equal(found, now)
+        for found, now in zip(average.buffers(), model.buffers(), strict=True):
+            assert torch.equal(found, now)  # batch normalisation's statistics are averages already
+
+    def test_it_changes_nothing_about_the_training(self, tiny: Dataset) -> None:
+        found = []
+        for ema in (0.0, 0.9):
+            config = replace(RUNS["natural"], ema=ema, epochs=1)
+            progress = training.begin(config, tiny, training.fresh_model(config, tiny))
+            list(training.epochs(progress))
+            found.append(progress.model.state_dict())
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+    @pytest.mark.usefixtures("unwatched")
+    def test_it_is_what_is_validated_tested_and_kept(self, tiny: Dataset, tmp_path: Path) -> None:
+        config = RUNS["ema"]
+        progress = training.begin(config, tiny, training.fresh_model(config, tiny))
+        list(training.epochs(progress))
+        assert progress.result is progress.average
+        model = runs.run(config, tiny, tmp_path)
+        for ours, theirs in zip(model.parameters(), progress.average.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert not torch.equal(model.fc2.bias, progress.model.fc2.bias)
+        attack = Attack(config.eps_255, config.step_255, steps=10)
+        errors = evaluation.class_errors(progress.average, tiny.validation, attack)
+        last = json.loads((tmp_path / "history.json").read_text())["epochs"][-1]["validation"]
+        assert last == {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
+
+
 @pytest.mark.usefixtures("unwatched")
 class TestRun:
+    def test_weights_that_the_last_step_ruins_are_refused(self, digits: Dataset, tmp_path: Path) -> None:
+        """The loss is looked at before a step: with one batch an epoch, nobody looks after the last one."""
+        few = tiny_dataset(digits, 5, 3, 5)
+        values = {"optimizer": "sgd", "lr": 1000.0, "weight_decay": 1000.0, "lr_divide": 1.0, "batch_size": 50}
+        for epochs in (7, 60):
+            config = Config("natural", "digits", epochs=epochs, **values)
+            place = tmp_path / str(epochs)
+            for _ in range(2):  # the same command again
+                with pytest.raises(training.TrainingDivergedError, match=r"^epoch 7: .* has weights that are NaN"):
+                    runs.run(config, few, place)
+                state = checkpoint.read(place / "checkpoint.pt")
+                assert state["epoch"] == 6
+                assert all(bool(value.isfinite().all()) for value in state["model"].values())
+            assert not (place / runs.WEIGHTS).exists()
+
     @pytest.mark.parametrize("name", RUNS)
     def test_stopped_and_resumed_equals_straight(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -630,10 +692,10 @@ class TestStudy:
         runs.study(["natural"], [0, 1], "digits", tmp_path, tiny, **self.VALUES)
         return tmp_path
 
-    def read(self, runs: Path, **change: Any) -> Any:
+    def read(self, place: Path, **change: Any) -> Any:
         arguments: dict[str, Any] = {"recipes": ["natural"], "seeds": [0, 1], "dataset": "digits"}
         arguments.update({**self.VALUES, **change})
-        return runs.study(runs=runs, tensors=None, **arguments)
+        return runs.study(runs=place, tensors=None, **arguments)
 
     def test_without_data_the_records_are_read(self, finished: Path) -> None:
         records, histories = self.read(finished)
