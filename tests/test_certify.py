@@ -19,6 +19,7 @@ from frlkit import KitError, models
 from frlkit.attacks import pgd
 from frlkit.audit import certify, crown, layers, lines
 from frlkit.data import Dataset, Split
+from frlkit.interval import Part
 
 EPS = 8 / 255
 Chain = tuple[layers.Layer, ...]
@@ -58,8 +59,12 @@ def tiny_chain(kind: str, seed: int, spread: float = 1.0) -> Chain:
         return spread * torch.randn(*shape, generator=generator)
 
     pool = "mean" if kind == "tanh" else "max"
-    parts = [(draw(2, 1, 3, 3), draw(2), padding, kind, pool), (draw(3, 2 * side * side), draw(3), 0, kind, "")]
-    return layers.chain([*parts, (draw(3, 3), draw(3), 0, "", "")], (1, 4, 4))
+    parts = [
+        Part(draw(2, 1, 3, 3), draw(2), padding, kind, pool),
+        Part(draw(3, 2 * side * side), draw(3), activation=kind),
+        Part(draw(3, 3), draw(3)),
+    ]
+    return layers.chain(parts, (1, 4, 4))
 
 
 def outputs(chain: Chain, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -107,7 +112,7 @@ def test_the_bound_of_a_linear_network_is_exact() -> None:
     """Without an activation, the minimum is at the corner that the signs of the weights name."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(3, 16, generator=generator).double(), torch.randn(3, generator=generator).double()
-    chain = layers.chain([(weight, bias, 0, "", "")], (1, 4, 4))
+    chain = layers.chain([Part(weight, bias)], (1, 4, 4))
     x, y = torch.rand(5, 1, 4, 4, generator=generator), torch.tensor([0, 1, 2, 0, 1])
     low, high = (x.double().flatten(1) - 0.1).clamp(min=0), (x.double().flatten(1) + 0.1).clamp(max=1)
     rows, constant = weight[y][:, None] - weight, bias[y][:, None] - bias
@@ -119,7 +124,7 @@ def test_the_bound_of_a_linear_network_is_exact() -> None:
 @given(low=st.floats(-12, 12), width=st.one_of(st.floats(0, 1e-6), st.floats(0, 12)), point=st.floats(-15, 15))
 def test_lines_stay_on_their_sides(activation: str, low: float, width: float, point: float) -> None:
     """Whatever the point, on a dense grid of the range; and each touches the curve, or is its chord."""
-    layer = layers.chain([(torch.ones(1, 1), torch.zeros(1), 0, activation, "")], (1, 1, 1))[0]
+    layer = layers.chain([Part(torch.ones(1, 1), torch.zeros(1), activation=activation)], (1, 1, 1))[0]
     ends = (torch.full((1, 1, 1, 1, 1), low + part, dtype=torch.float64) for part in (0.0, width))
     around = lines.enclose(layer, *ends, torch.zeros(1, 1, 1, 1, 1))
     slope, half_slope, intercept, half = lines.lines(layer, around, torch.full_like(around.low, point))
@@ -136,7 +141,7 @@ def test_lines_stay_on_their_sides(activation: str, low: float, width: float, po
 
 def test_max_pooling_picks_one_of_each_cell() -> None:
     """Worked out by hand: ranges [-1, 2], [0, 1], [-3, -2], [-1, 0.5]: at most max(z0, 1), so 1 + (z0 + 1) / 3."""
-    layer = layers.chain([(torch.ones(1, 1, 1, 1), torch.zeros(1), 0, "relu", "max")], (1, 2, 2))[0]
+    layer = layers.chain([Part(torch.ones(1, 1, 1, 1), torch.zeros(1), 0, "relu", "max")], (1, 2, 2))[0]
     low, high = (torch.tensor(ends).double().view(1, 1, 2, 1, 2) for ends in ([-1.0, 0, -3, -1], [2.0, 1, -2, 0.5]))
     around = lines.enclose(layer, low, high, torch.zeros(1, 1, 1, 1, 1))
     slope, half_slope, intercept, half = lines.lines(layer, around, lines.usual_points(layer, around))
@@ -323,9 +328,10 @@ def test_a_network_that_computes_something_else_is_refused(trained: nn.Module, t
         crown.margins(model, x, y, EPS)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_against_auto_lirpa(trained: nn.Module, tiny: Dataset) -> None:
     """Another library's CROWN: close to ours from below and above, since both choose the lines much alike."""
-    library = pytest.importorskip("auto_LiRPA", reason="auto_LiRPA is not installed (from its source)")
+    pytest.importorskip("auto_LiRPA", reason="auto_LiRPA is not installed (from its source)")
     x, y = tiny.test.batch(slice(0, 2))
     net = trained
 
@@ -340,6 +346,8 @@ def test_against_auto_lirpa(trained: nn.Module, tiny: Dataset) -> None:
             self.net = net
 
     low, high = (x - EPS).clamp(min=0), (x + EPS).clamp(max=1)
+    import auto_LiRPA as library
+
     ball = library.BoundedTensor(x, library.PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high))
     rows = F.one_hot(y, 10)[:, None] - torch.eye(10)
     bounded = library.BoundedModule(Plain().eval(), x)

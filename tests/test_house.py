@@ -19,7 +19,7 @@ FLOORS = [
     {"datasets"},
     {"kernels", "data"},
     {"attacks", "fairness"},
-    {"evaluation", "recipes"},
+    {"evaluation", "recipes", "interval"},
     {"losses"},
     {"training", "records"},
     {"runs", "notebook"},

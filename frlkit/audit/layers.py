@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import KitError
+from frlkit import KitError, interval
 from frlkit.attacks import evaluating
-from frlkit.models import ConvNet, LeNet5
+from frlkit.interval import Part
 
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53  # the largest relative rounding
 ACTIVATION = 16  # tanh and pooling count as so many roundings; PyTorch's tanh has 1, the native kernel's 5, pooling 4
@@ -41,19 +41,11 @@ class Layer:
 
 def network(model: nn.Module) -> tuple[Layer, ...]:
     """A LeNet-5's or a plain CNN's layers; raises `KitError` for any other network."""
-    if type(model) is LeNet5:
-        parts = [(model.conv1, 0, "mean"), (model.conv2, 0, "mean"), (model.conv3, 0, ""), (model.fc1, 0, "")]
-        activation, last = "tanh", model.fc2
-    elif type(model) is ConvNet:
-        parts, activation, last = [(part, 1, "max") for part in model.convolutions], "relu", model.linear
-    else:
-        raise KitError(f"certification of {type(model).__name__} is not supported: use lenet5, cnn3 or cnn4")
-    hidden = [(part.weight, part.bias, padding, activation, pool) for part, padding, pool in parts]
-    return chain([*hidden, (last.weight, last.bias, 0, "", "")], model.image_shape)
+    return chain(interval.parts(model), model.image_shape)
 
 
-def chain(parts: Sequence[tuple[Tensor, Tensor, int, str, str]], image_shape: Sequence[int]) -> tuple[Layer, ...]:
-    """Layers from weight, bias, padding, activation and pool of each; a weight (out, in) takes the whole map."""
+def chain(parts: Sequence[Part], image_shape: Sequence[int]) -> tuple[Layer, ...]:
+    """Layers in float64 for images of a shape (channels, side, side); a weight (out, in) takes the whole map."""
     layers: list[Layer] = []
     channels, side, _ = image_shape
     for weight, bias, padding, activation, pool in parts:
