@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 
-from frlkit import KitError, data, images, training
+from frlkit import KitError, data, images, recipes, runs
 from frlkit.images import Item
 
 GENERATOR = np.random.default_rng(0)
@@ -114,8 +114,8 @@ class TestFolder:
         assert second.fingerprint != first.fingerprint
 
     def test_its_run_has_a_plain_folder_name(self, photos: Path) -> None:
-        config = training.configure("pgd_at", "folder:photos", 3)
-        assert training.folder(Path("runs"), "pgd_at", config) == Path("runs/folder-photos/pgd_at/seed3")
+        config = recipes.configure("pgd_at", "folder:photos", 3)
+        assert runs.folder(Path("runs"), "pgd_at", config) == Path("runs/folder-photos/pgd_at/seed3")
         assert config.model == "cnn3"
 
     @pytest.mark.parametrize("part", ["val", "valid", "Validation"])
