@@ -54,7 +54,7 @@ def read(
         return _in_memory(make)
     key = hashlib.sha256(repr((1, len(items), size, channels, upright)).encode())  # 1: of this module's way of reading
     for item in items:
-        with contextlib.suppress(OSError):  # it is listed with the others that cannot be read
+        with contextlib.suppress(Exception):  # it is listed with the others that cannot be read
             content = item.content()
             shape = (content.shape, content.dtype) if isinstance(content, np.ndarray) else len(content or b"")
             key.update(f"{shape}".encode() + (content.tobytes() if isinstance(content, np.ndarray) else content or b""))
@@ -70,9 +70,7 @@ class _Survey:
 
     sides: set[tuple[int, int]] = field(default_factory=set)
     grey: bool = True
-    ends: dict[str, set[float]] = field(
-        default_factory=dict
-    )  # lowest and highest values, of "whole" numbers and "float"
+    ends: dict[str, set[float]] = field(default_factory=dict)  # extreme values of deep ones, "whole" or "float"
     remarks: Counter[str] = field(default_factory=Counter)
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -84,7 +82,7 @@ class _Survey:
         self.grey &= picture.ndim == 2 if deep else picture.mode in GREY
         self.remarks["of more than 8 bits, scaled by their range"] += deep
         if not deep:
-            self.remarks["turned in their EXIF data (upright=True turns them)"] += picture.getexif().get(274, 1) != 1
+            self.remarks["turned in their EXIF data (upright=True turns them)"] += _turned(picture)
             self.remarks["of several frames, of which the first counts"] += getattr(picture, "is_animated", False)
             self.remarks["transparent, which does not count"] += picture.has_transparency_data
 
@@ -136,15 +134,24 @@ def _open(item: Item, upright: bool) -> Any:
         if pixels.dtype in (bool, np.uint8):
             return Image.fromarray(pixels if pixels.dtype == np.uint8 else pixels * np.uint8(255))
     else:
+        if not content:
+            raise ValueError("it is empty")
         image = Image.open(io.BytesIO(content))
-        if upright and image.getexif().get(274, 1) != 1:  # 274: orientation
+        if upright and _turned(image):
             image = ImageOps.exif_transpose(image)
         if image.mode not in DEEP:
             return image
         pixels = np.asarray(image)
+    if pixels.dtype.kind not in "iuf":
+        raise ValueError(f"its pixels are {pixels.dtype}")
     if not np.isfinite(pixels).all():
         raise ValueError("it holds NaN or infinity")
     return pixels
+
+
+def _turned(image: Any) -> bool:
+    """Whether EXIF says that the image is to be turned or mirrored; Pillow would decode a whole PNG to find none."""
+    return (image.format != "PNG" or "exif" in image.info) and image.getexif().get(274, 1) != 1  # 274: orientation
 
 
 def _decode(picture: Any, size: int, channels: int, spans: dict[str, tuple[float, float]]) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -95,7 +96,8 @@ def find(place: Path) -> Source:
     except Exception as error:  # whatever a stranger's file makes its reader raise
         raise KitError(f"{place} cannot be read ({first_line(error)}): repair it, or {LAYOUT}") from None
     if missing := [part for part in ("train", "test") if part not in source.parts]:
-        raise KitError(f"{place} has no images to {' and no images to '.join(missing)}: {LAYOUT}")
+        hint = " (or rename val to test: validation images are then drawn from train)" * ("validation" in source.parts)
+        raise KitError(f"{place} has no images to {' and no images to '.join(missing)}: {LAYOUT}{hint}")
     if len(source.class_names) < 2:
         raise KitError(f"{place} has {len(source.class_names)} classes: two or more are needed; {LAYOUT}")
     for name, count in Counter(source.class_names).items():
@@ -119,11 +121,11 @@ def _folders(place: Path) -> Source:
         if (part := PART_OF.get(folder.name.lower())) is None:
             skipped["folders", place] += 1
             continue
-        if part in parts:
-            raise KitError(f"{place} has two folders of images to {part}, one of them {folder.name}: keep one")
+        _once(place, part, parts)
         classes, loose = _entries(folder, skipped)
         others += loose
-        parts[part] = {one.name: [Item(str(f), f.read_bytes) for f in _images(one, skipped)] for one in classes}
+        above = (place.resolve(), folder.resolve())
+        parts[part] = {one.name: [Item(str(f), f.read_bytes) for f in _images(one, skipped, above)] for one in classes}
     skipped.update((_kind(file), file.parent) for file in others)
     for part, classes in parts.items():
         _same_classes(place, part, sorted(classes), sorted(parts.get("train", classes)))
@@ -143,28 +145,35 @@ def _folders(place: Path) -> Source:
     return source
 
 
+def _once(place: Path, part: str, found: Container[str]) -> None:
+    """Refuse a second part of the same kind, such as val/ beside valid/."""
+    if part in found:
+        raise KitError(f"{place} has images to {part} twice ({', '.join(PARTS[part])}): keep one of them")
+
+
 def _entries(folder: Path, skipped: Counter[tuple[str, Path]]) -> tuple[list[Path], list[Path]]:
     """A folder's folders and files, sorted, without those that are hidden or that systems leave behind."""
     found: tuple[list[Path], list[Path]] = ([], [])
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM:
-                skipped["hidden or system files", folder] += 1
+                skipped["hidden or system entries", folder] += 1
             else:
                 found[not entry.is_dir()].append(folder / entry.name)
     return found
 
 
-def _images(folder: Path, skipped: Counter[tuple[str, Path]], above: tuple[Path, ...] = ()) -> list[Path]:
-    """All image files under a class's folder."""
+def _images(folder: Path, skipped: Counter[tuple[str, Path]], above: tuple[Path, ...]) -> list[Path]:
+    """All image files under a class's folder, itself under some others."""
+    above = (*above, folder.resolve())
     folders, files = _entries(folder, skipped)
     found = [file for file in files if file.suffix.lower() in _suffixes()]
     skipped.update((_kind(file), folder) for file in files if file.suffix.lower() not in _suffixes())
     for inner in folders:
-        if (real := inner.resolve()) in (folder.resolve(), *above):
+        if inner.resolve() in above:
             skipped["links to a folder above", folder] += 1
         else:
-            found += _images(inner, skipped, (*above, real))
+            found += _images(inner, skipped, above)
     return found
 
 
@@ -203,6 +212,7 @@ def _arrays(place: Path) -> Source:
     for alias, part in PART_OF.items():
         for x, y in ((f"x_{alias}", f"y_{alias}"), (f"{alias}_images", f"{alias}_labels")):
             if x in arrays and y in arrays:
+                _once(place, part, parts)
                 parts[part] = (x, arrays.pop(x), arrays.pop(y).reshape(-1))
     if "train" not in parts:
         return Source()
@@ -233,6 +243,7 @@ def _arrow(place: Path) -> Source:
         if (part := PART_OF.get(split.lower())) is None:
             source.notes.append(f"skipped the split {split!r}")
             continue
+        _once(place, part, source.parts)
         info, state = (
             json.loads((place / split / name).read_text(encoding="utf-8"))
             for name in ("dataset_info.json", "state.json")

@@ -6,6 +6,7 @@ import shutil
 import urllib.error
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import Resize
 
-from frlkit import PROJECT, KitError, data
+from frlkit import PROJECT, KitError, data, datasets
 from frlkit.data import Dataset
 from frlkit.sources import Source, of_arrays
 
@@ -122,10 +123,25 @@ def fake_fashion(folder: Path) -> None:
 
 
 class TestDamagedFiles:
-    def test_small_files_are_not_the_original(self, no_fashion: Path) -> None:
+    @pytest.mark.parametrize(("name", "folder"), [("fashion_mnist", "FashionMNIST"), ("mnist", "MNIST")])
+    def test_small_files_are_not_the_original(self, no_fashion: Path, name: str, folder: str) -> None:
         fake_fashion(no_fashion)
-        with pytest.raises(KitError, match="not the original"):
-            data.load("fashion_mnist")
+        (no_fashion / "FashionMNIST").rename(no_fashion / folder)
+        with pytest.raises(KitError, match=f"^{folder} in .* is not the original .60000 images.: delete {folder}/raw"):
+            data.load(name)
+
+    def test_mnist(self, no_fashion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two images a digit in place of MNIST's 70,000, which are not at hand."""
+        fake_fashion(no_fashion)
+        (no_fashion / "FashionMNIST").rename(no_fashion / "MNIST")
+        reader = datasets.READERS["mnist"]
+        assert [sum(counts) for counts in reader.args[2]] == [60_000, 10_000]
+        counts = ([2] * 10, [2] * 10)
+        monkeypatch.setitem(datasets.READERS, "mnist", partial(datasets._idx, *reader.args[:2], counts))
+        found = data.load("mnist")
+        assert found.class_names == tuple("0123456789")
+        assert found.class_counts == {"train": [1] * 10, "validation": [1] * 10, "test": [2] * 10}
+        assert found.train.images.shape == (10, 1, 32, 32)
 
     @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
     @pytest.mark.parametrize("kept", [0, 3, 10, 17])

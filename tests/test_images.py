@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 
-from frlkit import KitError, data, images, training
+from frlkit import KitError, data, images, recipes, runs
 from frlkit.images import Item
 
 GENERATOR = np.random.default_rng(0)
@@ -114,8 +114,8 @@ class TestFolder:
         assert second.fingerprint != first.fingerprint
 
     def test_its_run_has_a_plain_folder_name(self, photos: Path) -> None:
-        config = training.configure("pgd_at", "folder:photos", 3)
-        assert training.folder(Path("runs"), "pgd_at", config) == Path("runs/folder-photos/pgd_at/seed3")
+        config = recipes.configure("pgd_at", "folder:photos", 3)
+        assert runs.folder(Path("runs"), "pgd_at", config) == Path("runs/folder-photos/pgd_at/seed3")
         assert config.model == "cnn3"
 
     @pytest.mark.parametrize("part", ["val", "valid", "Validation"])
@@ -163,15 +163,32 @@ class TestFolder:
             ".csv files: 1 (in 'train')",
             "files without extension: 1 (in 'train/bee')",
             ".mpg files: 1 (in 'train/bee')",
-            "hidden or system files: 6 (in '.', 'test', 'train' and 1 more)",
+            "hidden or system entries: 6 (in '.', 'test', 'train' and 1 more)",
         }
 
     def test_a_link_that_leads_back_is_no_endless_walk(self, root: Path) -> None:
         fill(root / "loop")
-        (root / "loop" / "train" / "ant" / "again").symlink_to(root / "loop" / "train" / "ant")
+        for number, target in enumerate(("train/ant", "train", ".")):
+            (root / "loop" / "train" / "ant" / "deep").mkdir(exist_ok=True)
+            (root / "loop" / "train" / "ant" / "deep" / f"{number}").symlink_to(root / "loop" / target)
         found = data.load("folder:loop", size=None)
         assert found.class_counts["train"] == [3, 3]
-        assert found.notes == ("skipped links to a folder above: 1 (in 'train/ant')",)
+        assert found.notes == ("skipped links to a folder above: 3 (in 'train/ant/deep')",)
+
+    def test_links_to_images_elsewhere_are_followed(self, root: Path) -> None:
+        fill(root / "real")
+        (root / "link" / "train" / "ant").mkdir(parents=True)
+        (root / "link" / "train" / "ant" / "inner").symlink_to(root / "real" / "train" / "ant")
+        (root / "link" / "train" / "bee").symlink_to(root / "real" / "train" / "bee")
+        (root / "link" / "test").symlink_to(root / "real" / "test")
+        real, link = (data.load(f"folder:{name}", size=9, channels=1) for name in ("real", "link"))
+        assert real.fingerprint == link.fingerprint
+        assert link.notes == ()
+
+    def test_train_and_val_alone(self, root: Path) -> None:
+        (fill(root / "tv") / "test").rename(root / "tv" / "val")
+        with pytest.raises(KitError, match="no images to test: use .*rename val to test"):
+            data.load("folder:tv")
 
     @pytest.mark.parametrize(
         ("spoil", "message"),
@@ -195,7 +212,7 @@ class TestFolder:
                 lambda f: [shutil.rmtree(f / part / name) for part in ("train", "test") for name in ("ant", "bee")],
                 "1 classes",
             ),
-            (lambda f: shutil.copytree(f / "test", f / "testing"), "two folders of images to test"),
+            (lambda f: shutil.copytree(f / "test", f / "testing"), "images to test twice"),
             (
                 lambda f: [file.unlink() for file in sorted((f / "train" / "cat").iterdir())[1:]],
                 "'cat' has 1 training image,",
@@ -231,7 +248,7 @@ class TestFolder:
             data.load("folder:photos")
         message = str(caught.value)
         assert message.startswith("4 images cannot be read: ")
-        for name in ("cat/01.jpg (", "cat/00.png (no image)", "ant/07.jpg (no image)", "bee/08.bmp ([Errno 2]"):
+        for name in ("cat/01.jpg (", "cat/00.png (no image)", "ant/07.jpg (it is empty)", "bee/08.bmp ([Errno 2]"):
             assert message.count(name) == 1
         assert len(message.splitlines()) == 1
 
@@ -417,6 +434,14 @@ class TestArrays:
             ({"class_names": ["ant", "ant"]}, "class 'ant' that no table can show"),
             ({"x_train": np.array([{}] * 6)}, "a.npz cannot be read .Object arrays"),
             ({"x_train": None}, "no images to train"),
+            (
+                {"x_val": pixels(2, 9, 9), "y_val": [0, 1], "x_valid": pixels(2, 9, 9), "y_valid": [0, 1]},
+                "validation twice",
+            ),
+            (
+                {"x_train": np.zeros((6, 9, 9), complex)},
+                r"6 images cannot be read: x_train\[.*its pixels are complex128",
+            ),
             ({"y_train": [0] * 6, "y_test": [0] * 6}, "1 classes"),
         ],
     )
