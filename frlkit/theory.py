@@ -212,8 +212,8 @@ def penalised(task: GaussianTask, eps: float, phi_nat: Pair, phi_bdy: Pair = (0.
     rules = [rule.levelled(e) for rule in (task.natural(), task.robust(eps)) for e in (0.0, eps)]
     starts = [[1.0, rule.w[-1] / rule.w[0] if task.d else 0.0, rule.b / rule.w[0]] for rule in rules]
     rule, least = _descend(task, risk, starts, [(1, 1), (0, 1)])
-    constant = shares * (1 + nat)  # what always answering +1 and always answering -1 cost
-    return rule if least <= constant.min() else replace(rule, b=math.copysign(math.inf, constant[1] - constant[0]))
+    low, high = shares * (1 + nat)  # what always answering +1, always answering -1 cost; a huge b is no better
+    return rule if least < (1 - 1e-9) * min(low, high) else replace(rule, b=math.inf if low < high else -math.inf)
 
 
 def effective_radius(rule: LinearRule, eps: float, phi_nat: Pair, phi_bdy: Pair = (0.0, 0.0)) -> float:

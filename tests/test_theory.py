@@ -342,6 +342,23 @@ def test_natural_multipliers_bring_non_robust_features_back_exactly_below_eta() 
         theory.penalised(TASK, 0.5, (0.0, math.nan))
 
 
+def test_a_natural_multiplier_keeps_half_the_radius_and_a_large_one_ends_in_a_constant_answer() -> None:
+    task, finite = replace(TASK, sigma=0.6), 0
+    for eps in (0.42, 0.6, 0.8, 0.9):
+        for phi in (0.5, 3.0, 10.0, 40.0):
+            rule = theory.penalised(task, eps, (0.0, phi))
+            if math.isfinite(rule.b):
+                finite += 1
+                assert 0.5 * eps < theory.effective_radius(rule, eps, (0.0, phi)) < eps
+                assert rule.w[-1] == 0 or eps < 2 * task.eta
+    assert finite > 8
+    constant = theory.penalised(TASK, 0.6, (0.0, 1000.0))
+    assert (constant.b, constant.errors(0.6)) == (math.inf, (1.0, 0.0))
+    assert -math.inf < theory.penalised(TASK, 0.6, (1000.0, 0.0)).b < 0  # the wide class always has points far out
+    with pytest.raises(KitError, match=r"^b = inf is not allowed: use a rule that is no constant answer"):
+        theory.effective_radius(constant, 0.6, (0.0, 1000.0))
+
+
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 1.8, 2.5, 4.0])
 def test_a_boundary_multiplier_costs_the_class_only_where_it_is_mostly_wrong(sigma: float) -> None:
     """It raises class +1's own natural error if and only if its natural and robust errors sum to above one."""
