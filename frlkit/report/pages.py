@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from frlkit import PROJECT, checkpoint, claims
+from frlkit import PROJECT, checkpoint
+from frlkit.report import claims
 
 TEMPLATES = Path(__file__).parent
 
