@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import PROJECT, KitError, checkpoint, data
+from frlkit import PROJECT, KitError, checkpoint, data, disk
 from frlkit.notebook import versions
 from frlkit.report import claims, pages
 from frlkit.report.pages import took
@@ -76,7 +76,7 @@ def reproduce(dataset: str, output: Path, *, retrain: bool = False, profile: str
     jobs = list(plan(dataset, output, retrain, profile))
     study = ", ".join(dict.fromkeys(job.parameters["DATASET"] for job in jobs if "DATASET" in job.parameters))
     study += (f", profile {profile}" if profile else "") + (", trained from nothing" if retrain else "")
-    with checkpoint.only_one(output):
+    with disk.only_one(output):
         left = [job for job in jobs if not _finished(job, output)]
         if left:
             _announce(jobs, left, output)

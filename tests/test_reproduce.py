@@ -376,3 +376,21 @@ def test_formulas_become_mathml_and_dollars_in_outputs_stay(tmp_path: Path) -> N
     assert "$x_a_b$" in html  # two subscripts: no formula, so it stays as it is
     assert "<td>US$ and $x_1$</td>" in html
     assert not re.search(r"mathjax|require\.js|mermaid", html, re.IGNORECASE)
+
+
+def test_a_formula_is_translated_whole_or_not_at_all() -> None:
+    rows = pages.mathml(r"\begin{aligned}a&=b\\c&=d\end{aligned}", "block")
+    assert rows.count("<mtr>") == 2
+    assert rows.count("<mtd ") == 4
+    assert "<mi>&#x00026;</mi>" in pages.mathml(r"a\&b", "inline")
+    for formula in (r"\begin{gathered}a&b\end{gathered}", r"\unknown{x}", "x_a_b", r"\left( x"):
+        assert pages.mathml(formula, "inline") == ""
+
+
+@pytest.mark.parametrize("path", sorted((frlkit.PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_formula_of_the_notebooks_is_translated(path: Path) -> None:
+    html = pages.notebook(path)
+    prose = re.sub(r"<(script|style|pre|code|math)\b.*?</\1>", "", html, flags=re.DOTALL)
+    assert re.findall(r"\$[^$]+\$", prose) == []
+    markdown = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    assert html.count("<math ") == len(re.findall(r"\$\$.+?\$\$|\$.+?\$", "\n\n".join(markdown), re.DOTALL))

@@ -53,9 +53,12 @@ def mathml(formula: str, display: str) -> str:
     try:
         from latex2mathml.converter import convert
 
-        return convert(formula, display=display)
+        found = convert(formula.replace("{aligned}", "{split}"), display=display)  # the same, and it knows that one
     except Exception:  # its errors have no ancestor of their own
         return ""
+    if re.search(r"<mi>(\\|&<)", found):  # a command or a column that it passed on as it was
+        return ""
+    return re.sub(r' xmlns="[^"]*"', "", found)  # HTML needs none, and nbconvert's headings would make it a prefix
 
 
 def about(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
