@@ -193,7 +193,9 @@ def write_index(jobs: list[Job], tables: list[dict[str, Any]], output: Path) -> 
     parts = []
     for table in tables:
         rows = "".join(
-            "<tr>" + "".join(f"<td>{escape(row[key])}</td>" for key in ("verdict", "claim", "evidence")) + "</tr>"
+            "<tr>"
+            + "".join(f"<td>{escape(c)}</td>" for c in (claims.phrase(row), row["claim"], row["evidence"]))
+            + "</tr>"
             for row in table["claims"]
         )
         title = f"{escape(table['title'])} <small>{escape(table['notebook'])}</small>"
