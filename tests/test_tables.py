@@ -122,7 +122,7 @@ class TestPaired:
 
     def test_the_difference_itself(self) -> None:
         ours, theirs = self.outcomes(0.8), self.outcomes(0.6)
-        worst = [[(~right[s][self.CLASSES == c]).mean() for c in (0, 1)] for right in (ours, theirs) for s in range(3)]
+        worst = [[(~right[s][c == self.CLASSES]).mean() for c in (0, 1)] for right in (ours, theirs) for s in range(3)]
         expected = np.max(worst[:3], axis=1).mean() - np.max(worst[3:], axis=1).mean()
         found, low, high = statistics.paired_worst(ours, theirs, self.CLASSES)
         assert found == pytest.approx(expected)
