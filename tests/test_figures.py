@@ -22,7 +22,8 @@ SHIPPED = PROJECT / "checkpoints" / "fashion_mnist"
 
 
 def read(recipe: str, seeds: int, name: str = "record") -> list[dict[str, Any]]:
-    places = [SHIPPED / recipe / f"seed{seed}" / f"{name}.json" for seed in range(seeds)]
+    (folder, *_) = sorted((p for p in SHIPPED.iterdir() if p.name.split(",")[0] == recipe), key=lambda p: len(p.name))
+    places = [folder / f"seed{seed}" / f"{name}.json" for seed in range(seeds)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in places]
 
 
@@ -114,7 +115,9 @@ def test_multipliers_come_back_from_the_weights() -> None:
 def test_points_have_names_and_the_front_is_a_line(records: dict[str, Any]) -> None:
     figure = figures.pareto(tables.scores(records), [("robust average", "robust worst")], "note")
     assert {"1  PGD-AT (5 seeds)", "2  Report's Remargin (3 seeds)", "3  Control (5 seeds)"} <= set(words(figure))
-    assert {text.get_text(): text.xy for text in figure.axes[0].texts}["3"] == pytest.approx((22.8, 65.3), abs=0.1)
+    assert {text.get_text(): text.xy for text in figure.axes[0].texts}["3"] == pytest.approx(
+        tuple(tables.scores(records).loc["uniform"][["robust average", "robust worst"]].mean())
+    )
     front = mechanism.pareto(tables.scores(records), "robust average", "robust worst")
     assert len(figure.axes[0].lines[0].get_xdata()) == front["front"].sum()
 

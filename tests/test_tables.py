@@ -239,10 +239,10 @@ class TestCollected:
     """``frlkit table``, on shipped runs."""
 
     def test_one_row_a_method_in_numbers_by_hand(self, tmp_path: Path) -> None:
-        result = table(SHIPPED / "pgd_at", SHIPPED / "dafa" / "seed0", "--output", tmp_path / "out.csv")
+        result = table(SHIPPED / "pgd_at", SHIPPED / "trades" / "seed0", "--output", tmp_path / "out.csv")
         assert result.exit_code == 0, result.output
         frame = pd.read_csv(tmp_path / "out.csv").set_index("recipe")
-        assert list(frame.index) == ["pgd_at", "dafa"]
+        assert list(frame.index) == ["pgd_at", "trades"]
         assert frame["dataset"].tolist() == ["fashion_mnist"] * 2
         assert frame["seeds"].tolist() == [5, 1]
         worst = pd.Series(
@@ -253,7 +253,7 @@ class TestCollected:
         assert row["natural, worst sd"] == pytest.approx(worst.std())
         assert row["natural, worst low"] < worst.mean() < row["natural, worst high"]
         assert row["natural, worst class"] == "Shirt"
-        assert frame.loc["dafa"].filter(like=" sd").isna().all()
+        assert frame.loc["trades"].filter(like=" sd").isna().all()
 
     def test_what_is_printed_is_the_notebooks_summary(self, tmp_path: Path) -> None:
         result = table(SHIPPED / "pgd_at", "--output", tmp_path / "out.md")
@@ -284,8 +284,8 @@ class TestCollected:
         assert frame["dataset"].tolist() == ["digits", "fashion_mnist"]
 
     def test_overlapping_folders_count_once(self) -> None:
-        records = tables.collect([SHIPPED / "dafa", SHIPPED / "dafa" / "seed0"])
-        assert len(records["fashion_mnist"]["dafa"]) == len(list((SHIPPED / "dafa").glob("seed*/record.json")))
+        records = tables.collect([SHIPPED / "trades", SHIPPED / "trades" / "seed0"])
+        assert len(records["fashion_mnist"]["trades"]) == len(list((SHIPPED / "trades").glob("seed*/record.json")))
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -302,7 +302,8 @@ class TestCollected:
             tables.collect([tmp_path / "0", tmp_path / "1"])
 
     def test_a_record_of_something_else(self, tmp_path: Path) -> None:
-        (tmp_path / "record.json").write_text("{}")
+        other = {"dataset": "digits", "class_names": ["a", "b"], "attacks": []}  # of weights, not of a run
+        (tmp_path / "record.json").write_text(json.dumps(other))
         with pytest.raises(KitError, match="is no record of a run"):
             tables.collect([tmp_path])
 
