@@ -305,6 +305,24 @@ def test_html_and_text_show_every_word_verdict_first(shown: list[dict[str, Any]]
     assert html.index("verdict") < html.index("claim") < html.index("evidence")
 
 
+def test_takeaways_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", told.append)
+    asked = [
+        rules.lower("reweight-natural", series(*CHANGE)),
+        rules.lower("report-robust", series(1.0, -1.0, 0.5, -0.5, 0.1)),
+        rules.lower("aim-worst", series()),
+    ]
+    judged = claims.judge(asked, FASHION)
+    claims.answers(judged, {"reweight-natural": "Does it help?", "aim-worst": "Enough?", "report-robust": "Robust?"})
+    assert told[0].data.splitlines() == [
+        "- **Does it help?** Yes: carries over to Fashion-MNIST "
+        "(ours − theirs: -3.0 ± 0.8 points [-4.0, -2.0], p 0.002).",
+        "- **Enough?** Not tested: not tested on Fashion-MNIST (ours − theirs: no runs).",
+        "- **Robust?** Open: not established on Fashion-MNIST (ours − theirs: 0.0 ± 0.8 points [-1.0, 1.0], p 0.958).",
+    ]
+
+
 def test_a_notebook_without_tables_has_none() -> None:
     assert claims.from_notebook([]) == []
     assert claims.from_notebook([{"cell_type": "code", "outputs": [{"data": {"text/plain": "3"}}]}]) == []

@@ -154,6 +154,24 @@ def show(title: str, claims: list[Claim]) -> None:
     display({"text/html": html, "text/plain": plain(rows), MIME: {"title": title, "claims": rows}}, raw=True)
 
 
+ANSWERS = {"confirmed": "Yes", "carries over": "Yes", "partly": "In part", "carries over in part": "In part"}
+ANSWERS |= {"refuted": "No", "does not carry over": "No", "not established": "Open", "not tested": "Not tested"}
+
+
+def answers(judged: Iterable[Claim], questions: Mapping[str, str]) -> None:
+    """Display a notebook's takeaways: each question (by its claim's key) with the answer that the verdict gives."""
+    from IPython.display import Markdown, display
+
+    by_key = {claim.key: claim for claim in judged}
+    lines = []
+    for key, question in questions.items():
+        claim = by_key[key]
+        lines.append(
+            f"- **{question}** {ANSWERS[claim.verdict]}: {phrase(vars(claim))} ({claim.evidence.split('; ')[0]})."
+        )
+    display(Markdown("\n".join(lines)))
+
+
 def plain(rows: Sequence[Mapping[str, str]]) -> str:
     """The table as lines of text, verdict first, for a terminal."""
     width = max((len(phrase(row)) for row in rows), default=0)

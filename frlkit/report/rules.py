@@ -111,7 +111,7 @@ def _one_sided(value: pd.Series, limit: float, side: str, unit: str) -> Comparis
     other = "greater" if side == "less" else "less"
     bound = statistics.mean_interval(value, 0.9)[side == "less"]
     words = "at most" if side == "less" else "at least"
-    says = f"{_said(value, unit)}, {words} {bound:.1f}; limit {limit:g}"
+    says = f"{_said(value, unit)}, {words} {bound:.1f}, limit {limit:g}"
     return Comparison(says, statistics.p_beyond(value, limit, side), statistics.p_beyond(value, limit, other))
 
 

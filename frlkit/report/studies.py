@@ -63,3 +63,8 @@ def finished(
                 found.setdefault(recipe, []).append(record)
                 histories.setdefault(recipe, []).append(history)
     return found, histories
+
+
+def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengths: int) -> float:
+    """Attack the first seed's weights again, here and now: the largest class-wise difference from the record."""
+    return runs.recheck(found, recipe, folder, tensors, **values(recipe, **lengths))
