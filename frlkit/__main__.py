@@ -165,7 +165,7 @@ def table(runs: tuple[Path, ...], output: Path | None) -> None:
     Errors in %, mean ± sd over seeds, and a bootstrap 95 % interval of the worst class.
     """
     from frlkit import checkpoint
-    from frlkit.report import documents, tables
+    from frlkit.report import tables
 
     kind = output.suffix if output else ".md"
     if kind not in (".csv", ".parquet", ".md"):
@@ -174,7 +174,7 @@ def table(runs: tuple[Path, ...], output: Path | None) -> None:
         raise KitError(f"--output {output} needs a library that is not there: pip install pyarrow")
     records = tables.collect(runs)
     shown = tables.by_method(records)
-    text = documents.markdown(shown.columns, shown.to_numpy()) + "\n"
+    text = tables.markdown(shown.columns, shown.to_numpy()) + "\n"
     click.echo(text, nl=False)
     if output:
         numbers = tables.by_method(records, tables.statistics)

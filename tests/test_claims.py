@@ -1,20 +1,266 @@
-"""Claims tables: what a notebook shows is what the command line collects."""
+"""Verdicts against statistics worked out otherwise, and claims tables: what a notebook shows is what is collected."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from frlkit import KitError
-from frlkit.report import claims
-from frlkit.report.claims import Claim
+from frlkit.report import claims, rules, statistics
+from frlkit.report.claims import Claim, Scope
+from frlkit.report.rules import Comparison, Question
 
 ROWS = [
     Claim("errors differ between classes (the paper)", "3.1 ± 0.2 % against 40.5 ± 1.0 %", "confirmed"),
-    Claim("the gap <grows>", "seen & measured", "partly"),
+    Claim("the gap <grows>", "seen & measured", "partly", "GTSRB", "a-key"),
 ]
+FASHION = Scope("fashion_mnist")
+CHANGE = [-3.0, -2.5, -3.5, -2.0, -4.0]  # mean -3, sd 0.790569, standard error 0.353553, t -8.485
+
+
+def series(*values: float, name: str = "ours − theirs") -> pd.Series:
+    return pd.Series(values, name=name)
+
+
+def verdict(question: Question, about: Scope = FASHION) -> str:
+    (claim,) = claims.judge([question], about)
+    return claim.verdict
+
+
+class TestRules:
+    def test_lower_by_hand(self) -> None:
+        """t = -8.485 with 4 degrees of freedom: two-sided p 0.00106, half-width 2.7764 standard errors."""
+        (comparison,) = rules.lower("report-robust", series(*CHANGE)).comparisons
+        assert comparison.supports == pytest.approx(0.00106, abs=2e-5)
+        assert comparison.contradicts == 1
+        assert comparison.says == "ours − theirs: -3.0 ± 0.8 points [-4.0, -2.0]"
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            (CHANGE, "confirmed"),
+            ([-value for value in CHANGE], "refuted"),
+            ([-3.0, 2.9, 0.1, -1.0, 1.5], "not established"),
+            ([-3.0, -0.1, -0.2, -0.1, -0.1], "not established"),  # one sign is not enough
+            ([-9.0, -9.1, -9.2, -9.3], "not tested"),  # four seeds
+            ([-9.0], "not tested"),
+            ([], "not tested"),
+            ([-2.0] * 5, "confirmed"),  # all seeds agree exactly
+            ([0.0] * 5, "not established"),
+        ],
+    )
+    def test_lower_and_higher(self, values: list[float], expected: str) -> None:
+        assert verdict(rules.lower("report-robust", series(*values))) == expected
+        assert verdict(rules.higher("report-robust", -series(*values))) == expected
+
+    @pytest.mark.parametrize(
+        ("values", "limit", "expected"),
+        [
+            (CHANGE, -2.0, "confirmed"),  # t -2.83, one-sided p 0.024
+            (CHANGE, -2.3, "not established"),  # t -1.98, p 0.059: the mean is below, its interval is not
+            (CHANGE, -5.0, "refuted"),
+            ([3.0, -3.0, 1.0, -2.0, 0.5], 2.0, "not established"),  # not there, and yet not small
+            (CHANGE[:4], 5.0, "not tested"),
+        ],
+    )
+    def test_at_most_and_at_least(self, values: list[float], limit: float, expected: str) -> None:
+        assert verdict(rules.at_most("report-robust", series(*values), limit=limit)) == expected
+        assert verdict(rules.at_least("report-robust", -series(*values), limit=-limit)) == expected
+
+    @pytest.mark.parametrize(
+        ("values", "margin", "expected"),
+        [
+            ([0.1, -0.1, 0.2, -0.2, 0.0], 1.0, "confirmed"),
+            ([0.1, -0.1, 0.2, -0.2, 0.0], 0.1, "not established"),
+            ([3.0, -3.0, 1.0, -2.0, 0.5], 2.0, "not established"),  # absence of evidence is no evidence of absence
+            (CHANGE, 1.0, "refuted"),
+            ([-value for value in CHANGE], 1.0, "refuted"),
+        ],
+    )
+    def test_no_effect(self, values: list[float], margin: float, expected: str) -> None:
+        assert verdict(rules.no_effect("report-robust", series(*values), margin=margin)) == expected
+
+    def test_every_takes_the_weakest_part_as_one_comparison(self) -> None:
+        parts = [series(*CHANGE), series(*(value + 2.0 for value in CHANGE)), series(*(v + 3.0 for v in CHANGE))]
+        question = rules.lower("options-pgd", *parts)
+        (whole,) = rules.every(question).comparisons
+        assert whole.supports == max(part.supports for part in question.comparisons)
+        assert whole.contradicts == 1
+        assert all(part.says in whole.says for part in question.comparisons)
+        against = rules.lower("options-pgd", series(*CHANGE), -series(*CHANGE))
+        (whole,) = rules.every(against).comparisons
+        assert whole.contradicts == pytest.approx(2 * 0.00106, abs=4e-5)
+        (short,) = rules.every(rules.lower("options-pgd", series(*CHANGE), series())).comparisons
+        assert not short.tested
+
+
+def table(rows: list[list[float]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=[f"class {k}" for k in range(len(rows[0]))])
+
+
+class TestCorrelation:
+    def test_one_class_can_make_it(self) -> None:
+        """A single outlier among eight gives rho 0.5 with it, and nothing without it."""
+        generator = np.random.default_rng(0)
+        difficulty = table([[1, 2, 3, 4, 5, 6, 7, 90]] * 5)
+        follows = table([[*(value + generator.normal(0, 0.1) for value in range(7)), 80] for _ in range(5)])
+        assert verdict(rules.correlated("hard-least-robust", difficulty, {"PGD-AT": follows})) == "confirmed"
+        assert verdict(rules.correlated("hard-least-robust", difficulty, {"PGD-AT": -follows})) == "refuted"
+        lonely = table([[3, 1, 4, 2, 5, 0, 2.5, 80]] * 5)
+        assert verdict(rules.correlated("hard-least-robust", difficulty, {"PGD-AT": lonely})) == "not established"
+
+    def test_every_class_is_left_out(self) -> None:
+        from scipy.stats import spearmanr
+
+        x, y = np.random.default_rng(1).random((2, 3, 6))
+        rho, p = statistics.rank_correlations(x, y)
+        for seed, left in itertools.product(range(3), range(6)):
+            kept = [k for k in range(6) if k != left]
+            expected = spearmanr(x[seed][kept], y[seed][kept])
+            assert (rho[seed, 1 + left], p[seed, 1 + left]) == pytest.approx((expected.statistic, expected.pvalue))
+        assert rho[0, 0] == pytest.approx(spearmanr(x[0], y[0]).statistic)
+
+    @pytest.mark.parametrize(
+        ("difficulty", "target"),
+        [
+            ([[1.0, 2.0]] * 5, [[1.0, 2.0]] * 5),  # two classes: undefined
+            ([[1.0, 2.0, 3.0]] * 5, [[1.0, 2.0, 3.0]] * 5),  # two, once one is left out
+            ([[1.0] * 8] * 5, [list(range(8))] * 5),  # all alike
+            ([[1.0, 2.0, 3.0, 4.0, 5.0]] * 4, [[1.0, 2.0, 3.0, 4.0, 5.0]] * 4),  # four seeds
+        ],
+    )
+    def test_where_there_is_none(self, difficulty: list[list[float]], target: list[list[float]]) -> None:
+        question = rules.correlated("hard-least-robust", table(difficulty), {"PGD-AT": table(target)})
+        assert verdict(question) == "not tested"
+
+
+class TestHolm:
+    def test_a_textbook_example(self) -> None:
+        assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+    def test_none(self) -> None:
+        assert statistics.holm([]) == []
+
+    @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+    def test_is_the_closed_procedure_of_bonferroni(self, p_values: list[float]) -> None:
+        """A hypothesis is rejected where Bonferroni rejects every intersection that holds it (Marcus et al. 1976)."""
+        everyone = range(len(p_values))
+        for one, adjusted in zip(everyone, statistics.holm(p_values), strict=True):
+            sets = [s for size in everyone for s in itertools.combinations(everyone, size + 1) if one in s]
+            closed = max(min(1.0, len(s) * min(p_values[k] for k in s)) for s in sets)
+            assert adjusted == pytest.approx(closed)
+
+    def test_more_claims_need_more_evidence(self) -> None:
+        close = rules.lower("report-robust", series(-1.0, -2.5, -0.2, -1.5, -0.8))  # p 0.036
+        unsure = rules.lower("reweight-natural", series(1.0, -1.0, 0.5, -0.5, 0.1))
+        assert claims.judge([close], FASHION)[0].verdict == "confirmed"
+        alone, *_ = claims.judge([close, unsure], FASHION)
+        assert alone.verdict == "not established"
+
+    def test_what_is_not_tested_costs_nothing(self) -> None:
+        close = rules.lower("report-robust", series(-1.0, -2.5, -0.2, -1.5, -0.8))
+        absent = rules.lower("reweight-natural", series())
+        assert [claim.verdict for claim in claims.judge([close, absent], FASHION)] == ["confirmed", "not tested"]
+
+
+class TestScope:
+    def record(self, **changed: Any) -> dict[str, Any]:
+        made = {"images": 10_000, "dataset": "fashion_mnist", "epochs": 15, **changed}
+        return {"images": made["images"], "config": {"dataset": made["dataset"], "epochs": made["epochs"]}}
+
+    @pytest.mark.parametrize(
+        ("changed", "why_not"),
+        [
+            ({}, ""),
+            ({"images": 360, "dataset": "digits"}, "360 test images, 1000 needed"),
+            ({"epochs": 2}, "runs of 2 epochs, 5 needed"),
+        ],
+    )
+    def test_small_studies_test_nothing(self, changed: dict[str, Any], why_not: str) -> None:
+        about = claims.scope({"a": [self.record()], "b": [self.record(**changed)]})
+        assert about.why_not == why_not
+        (claim,) = claims.judge([rules.lower("aim-worst", series(*CHANGE))], about)
+        assert claim.verdict == ("not tested" if why_not else "confirmed")
+        assert why_not in claim.evidence
+        assert "-3.0 ± 0.8" in claim.evidence
+
+    @pytest.mark.parametrize(
+        ("values", "elsewhere"),
+        [
+            (CHANGE, "carries over"),
+            ([-value for value in CHANGE], "does not carry over"),
+            ([1.0, -1.0, 0.5, -0.5, 0.1], "not established"),
+            ([1.0], "not tested"),
+        ],
+    )
+    def test_a_claim_about_other_data_is_not_refuted(self, values: list[float], elsewhere: str) -> None:
+        here = verdict(rules.lower("reweight-natural", series(*values)), Scope("cifar10"))
+        assert here == {"carries over": "confirmed", "does not carry over": "refuted"}.get(elsewhere, elsewhere)
+        assert verdict(rules.lower("reweight-natural", series(*values)), FASHION) == elsewhere
+
+    def test_a_verdict_names_its_data(self) -> None:
+        (claim,) = claims.judge([rules.lower("reweight-natural", series(*CHANGE))], FASHION)
+        assert claims.phrase(vars(claim)) == "carries over to Fashion-MNIST"
+        (claim,) = claims.judge([rules.lower("report-robust", series(*CHANGE))], FASHION)
+        assert claims.phrase(vars(claim)) == "confirmed on Fashion-MNIST"
+        assert claims.phrase(vars(ROWS[0])) == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        (["confirmed", "confirmed"], "confirmed"),
+        (["confirmed", "refuted"], "partly"),
+        (["confirmed", "not established"], "partly"),
+        (["refuted", "not established"], "refuted"),
+        (["refuted", "not tested"], "refuted"),
+        (["confirmed", "not tested"], "not tested"),
+        (["not established", "not tested"], "not tested"),
+        ([], "not tested"),
+    ],
+)
+def test_verdicts_together(parts: list[str], whole: str) -> None:
+    assert claims.together(iter(parts)) == whole
+    assert claims.together(reversed(parts)) == whole
+
+
+def test_differences_pair_the_seeds_and_miss_what_is_missing() -> None:
+    index = pd.MultiIndex.from_tuples(
+        [("uniform", 0), ("uniform", 1), ("algorithm1_reweight", 1), ("algorithm1_reweight", 2)],
+        names=["recipe", "seed"],
+    )
+    scored = pd.DataFrame({"robust worst": [50.0, 60.0, 45.0, 1.0]}, index=index)
+    change = rules.minus(scored, "Reweight", "Control", "robust worst")
+    assert change.to_dict() == {1: -15.0}
+    assert change.name == "Reweight − Control"
+    assert rules.minus(scored, "Output biases alone", "Control", "robust worst").empty
+    assert rules.minus(scored, "uniform", "Control", "robust worst").tolist() == [0.0, 0.0]
+
+
+def test_unknown_claims_are_refused() -> None:
+    with pytest.raises(KitError, match="'reweigth' is unknown: write it into statements.yaml"):
+        claims.judge([rules.lower("reweigth", series(*CHANGE))], FASHION)
+
+
+def test_statements_are_whole() -> None:
+    for key, stated in claims.statements().items():
+        assert set(stated) in ({"source", "says"}, {"source", "says", "data"}), key
+
+
+def test_p_values_are_exact_where_seeds_agree() -> None:
+    assert statistics.p_beyond([1.0, 1.0], 0, "greater") == 0
+    assert statistics.p_beyond([1.0, 1.0], 0, "less") == 1
+    assert statistics.p_beyond([0.0, 0.0], 0, "less") == statistics.p_beyond([0.0, 0.0], 0, "greater") == 1
+    assert all(math.isnan(bound) for bound in statistics.mean_interval([1.0]))
+    assert Comparison("x", 0.2, 0.1).p == 0.1
 
 
 @pytest.fixture
@@ -45,7 +291,7 @@ def test_show_and_collect(shown: list[dict[str, Any]]) -> None:
     assert [Claim(**row) for row in found[1]["claims"]] == ROWS[:1]
 
 
-def test_html_and_text_show_every_word(shown: list[dict[str, Any]]) -> None:
+def test_html_and_text_show_every_word_verdict_first(shown: list[dict[str, Any]]) -> None:
     long = Claim("a claim of many words " * 10, "numbers " * 30, "not tested")
     claims.show("Disparity", [*ROWS, long])
     plain, html = shown[0]["data"]["text/plain"], shown[0]["data"]["text/html"]
@@ -53,7 +299,28 @@ def test_html_and_text_show_every_word(shown: list[dict[str, Any]]) -> None:
         for word in (claim.claim, claim.evidence, claim.verdict):
             assert word in plain
             assert word.strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in html
+    assert "partly on GTSRB" in plain
+    assert "partly on GTSRB" in html
     assert "..." not in html
+    assert html.index("verdict") < html.index("claim") < html.index("evidence")
+
+
+def test_takeaways_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", told.append)
+    asked = [
+        rules.lower("reweight-natural", series(*CHANGE)),
+        rules.lower("report-robust", series(1.0, -1.0, 0.5, -0.5, 0.1)),
+        rules.lower("aim-worst", series()),
+    ]
+    judged = claims.judge(asked, FASHION)
+    claims.answers(judged, {"reweight-natural": "Does it help?", "aim-worst": "Enough?", "report-robust": "Robust?"})
+    assert told[0].data.splitlines() == [
+        "- **Does it help?** Yes: carries over to Fashion-MNIST "
+        "(ours − theirs: -3.0 ± 0.8 points [-4.0, -2.0], p 0.002).",
+        "- **Enough?** Not tested: not tested on Fashion-MNIST (ours − theirs: no runs).",
+        "- **Robust?** Open: not established on Fashion-MNIST (ours − theirs: 0.0 ± 0.8 points [-1.0, 1.0], p 0.958).",
+    ]
 
 
 def test_a_notebook_without_tables_has_none() -> None:

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from frlkit import PROJECT, KitError
 from frlkit.__main__ import main
 from frlkit.evaluation import Attack
-from frlkit.report import claims, tables
+from frlkit.report import mechanism, statistics, tables
 
 
 def record(seed: int, natural: list[float], robust: list[float]) -> dict[str, Any]:
@@ -23,6 +26,7 @@ def record(seed: int, natural: list[float], robust: list[float]) -> dict[str, An
     return {"config": {"seed": seed}, "natural": natural, "attacks": entries}
 
 
+SHIPPED = PROJECT / "checkpoints" / "fashion_mnist"
 RECORDS = {
     "control": [record(0, [0.1, 0.3], [0.4, 0.5]), record(1, [0.2, 0.2], [0.4, 0.6])],
     "method": [record(1, [0.1, 0.2], [0.3, 0.5]), record(0, [0.1, 0.1], [0.4, 0.4])],  # another order of seeds
@@ -51,37 +55,6 @@ def test_means_over_seeds() -> None:
     assert tables.means(tables.scores(RECORDS)).loc["control", "robust worst"] == "55.0 ± 7.1"
 
 
-@pytest.mark.parametrize(
-    ("values", "lower", "at_most"),
-    [
-        ([-3.0, -2.9, -3.1], "confirmed", "confirmed"),
-        ([3.0, 2.9, 3.1], "refuted", "refuted"),
-        ([-3.0, 2.9, 0.1], "not established", "confirmed"),
-        ([-3.0, -0.1, -0.2], "not established", "confirmed"),  # one sign, but mean below twice the sd
-        ([-9.0], "not tested", "not tested"),
-    ],
-)
-def test_verdict_on_lower(values: list[float], lower: str, at_most: str) -> None:
-    assert claims.lower(pd.Series(values)) == lower
-    assert claims.lower(pd.Series(values), within=True) == at_most
-    assert (
-        claims.opposite(lower)
-        == {
-            "confirmed": "refuted",
-            "refuted": "confirmed",
-            "not established": "confirmed",
-            "not tested": "not tested",
-        }[lower]
-    )
-
-
-def test_verdicts_together() -> None:
-    assert claims.together(["confirmed", "confirmed"]) == "confirmed"
-    assert claims.together(["confirmed", "refuted"]) == "partly"
-    assert claims.together(iter(["refuted", "not established"])) == "not established"
-    assert claims.together(["confirmed", "not tested"]) == "not tested"
-
-
 def test_unbalanced_classes_have_two_averages() -> None:
     record = {"class_names": ["a", "b"], "class_counts": [30, 10], "natural": [0.1, 0.5]}
     table = tables.error_table(record, [0.2, 0.9])
@@ -98,7 +71,164 @@ def test_unbalanced_classes_have_two_averages() -> None:
     ]
 
 
-SHIPPED = PROJECT / "checkpoints" / "fashion_mnist"
+class TestStatistics:
+    def test_spread_by_hand(self) -> None:
+        """Two seeds, the worst class another in each: 1, 2, 6 has mean 3, sd sqrt(14/3), Gini (1+5+4)*2/9/6 = 10/27."""
+        found = statistics.spread([[1.0, 2.0, 6.0], [4.0, 2.0, 3.0]], fixed=2)
+        assert found["average"] == pytest.approx([3, 3])
+        assert found["worst"] == pytest.approx([6, 4])
+        assert found["fixed class"] == pytest.approx([6, 3])
+        assert found["mean of the two worst"] == pytest.approx([4, 3.5])
+        assert found["sd over classes"] == pytest.approx([(14 / 3) ** 0.5, (2 / 3) ** 0.5])
+        assert found["range"] == pytest.approx([5, 2])
+        assert found["Gini"] == pytest.approx([10 / 27, 4 / 27])
+
+    @given(st.lists(st.floats(0, 100), min_size=2, max_size=8), st.floats(0.1, 10))
+    def test_gini_is_a_share_whatever_the_unit(self, values: list[float], unit: float) -> None:
+        found = float(statistics.gini(values))
+        assert 0 <= found <= 1 - 1 / len(values) + 1e-9
+        assert statistics.gini([unit * value for value in values]) == pytest.approx(found, abs=1e-9)
+
+    def test_gini_at_its_ends(self) -> None:
+        assert statistics.gini([0, 0, 0]) == statistics.gini([3, 3, 3]) == 0
+        assert statistics.gini([0, 0, 0, 5]) == pytest.approx(0.75)
+
+    def test_worst_interval_against_whole_bootstrap(self) -> None:
+        """Against one that draws every class of every resampled seed anew, image by image."""
+        shares, images = np.array([[0.1, 0.5, 0.48], [0.2, 0.45, 0.5]]), np.array([200, 200, 100])
+        low, high = statistics.worst_interval(shares, images)
+        generator, means = np.random.default_rng(9), []
+        for _ in range(1500):
+            seeds = generator.integers(2, size=2)
+            drawn = [[(generator.random(n) < p).mean() for p, n in zip(shares[s], images, strict=True)] for s in seeds]
+            means.append(np.max(drawn, axis=1).mean())
+        assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.012)
+
+    def test_worst_interval_reproduces_itself(self) -> None:
+        shares, images = np.array([[0.1, 0.5]]), np.array([50, 50])
+        assert statistics.worst_interval(shares, images) == statistics.worst_interval(shares, images)
+        assert statistics.worst_interval(np.array([[0.0, 1.0]]), images) == (1, 1)
+
+    def test_front_by_hand(self) -> None:
+        points = [[1, 5], [2, 3], [3, 3], [4, 1], [2, 3], [5, 5]]
+        assert statistics.front(points).tolist() == [True, True, False, True, True, False]
+
+
+class TestPaired:
+    CLASSES = np.repeat([0, 1], 400)
+
+    def outcomes(self, rate: float, seeds: int = 3) -> np.ndarray:
+        return np.random.default_rng(int(100 * rate)).random((seeds, 800)) < rate
+
+    def test_the_difference_itself(self) -> None:
+        ours, theirs = self.outcomes(0.8), self.outcomes(0.6)
+        worst = [[(~right[s][c == self.CLASSES]).mean() for c in (0, 1)] for right in (ours, theirs) for s in range(3)]
+        expected = np.max(worst[:3], axis=1).mean() - np.max(worst[3:], axis=1).mean()
+        found, low, high = statistics.paired_worst(ours, theirs, self.CLASSES)
+        assert found == pytest.approx(expected)
+        assert low < found < high < 0
+
+    def test_what_both_share_cancels(self) -> None:
+        """Equal models differ by nothing; those that differ on few images, by far less than independent ones."""
+        ours = self.outcomes(0.6)
+        assert statistics.paired_worst(ours, ours, self.CLASSES) == (0, 0, 0)
+        nearly = ours.copy()
+        nearly[:, ::50] = ~nearly[:, ::50]
+        apart = [np.subtract(*statistics.paired_worst(ours, other, self.CLASSES)[:0:-1]) for other in (nearly, ~ours)]
+        assert apart[0] < apart[1] / 3
+
+    def test_shapes(self) -> None:
+        with pytest.raises(KitError, match=r"shape \(1, 3\) and 2 labels do not belong together"):
+            statistics.paired_worst([[True, False, True]], [[True, True, True]], [0, 1])
+
+
+def attacked(counts: list[list[int]], seed: int = 0) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    entry = {"attack": asdict(Attack(8)), "confusion": counts}
+    return {"config": {"seed": seed}, "class_names": ["a\nb", "c", "d"], "attacks": [entry]}
+
+
+class TestMechanism:
+    BEFORE = [attacked([[6, 4, 0], [1, 8, 1], [0, 0, 10]])]
+    AFTER = [attacked([[9, 1, 0], [5, 4, 1], [0, 2, 8]])]
+
+    def test_who_pays_by_hand(self) -> None:
+        found = mechanism.who_pays(self.BEFORE, self.AFTER)
+        assert found["own error"].to_dict() == {"a b": -30, "c": 40, "d": 20}
+        assert found["taken for it"].to_dict() == {"a b": 40, "c": -10, "d": 0}
+        assert found["now goes to"].tolist() == ["–", "a b +40.0", "c +20.0"]
+        assert found["no longer to"].tolist() == ["c -30.0", "–", "–"]
+        assert found["own error"].sum() == found["taken for it"].sum()
+
+    def test_confusion_is_a_mean_over_seeds(self) -> None:
+        both = mechanism.confusion([*self.BEFORE, *self.AFTER])
+        assert both.loc["a b"].tolist() == [75, 25, 0]
+        with pytest.raises(KitError, match="the record has no PGD-20 at 16/255"):
+            mechanism.confusion(self.BEFORE, 16)
+
+    def test_group(self) -> None:
+        rows = [("r", 0, name, "natural", error, 10) for name, error in (("a", 10.0), ("b", 30.0), ("c", 2.0))]
+        errors = pd.DataFrame(rows, columns=["recipe", "seed", "class", "measure", "error", "images"])
+        found = mechanism.group_error(errors, "r", "natural", ("a", "b")).loc[0]
+        assert found.tolist() == [20, 30, 2]
+        with pytest.raises(KitError, match="class 'z' is not there: use a, b, c"):
+            mechanism.group_error(errors, "r", "natural", ("z",))
+
+    def test_violations_by_hand(self) -> None:
+        start = {"natural": [0.1, 0.3], "robust": [0.2, 0.6]}  # natural +10, boundary 0.1 and 0.3: +10 points
+        later = {"natural": [0.2, 0.2], "robust": [0.3, 0.5]}  # natural 0, boundary +10
+        history = {"config": {"seed": 4}, "start": {"validation": start}, "epochs": [{"validation": later}]}
+        found = mechanism.violations(history)
+        assert found.index.tolist() == [0, 1]
+        assert found.loc[0].tolist() == pytest.approx([5, 3, 5])
+        assert found.loc[1].tolist() == pytest.approx([-5, 3, 3])
+        assert mechanism.last_violation({"uniform": [history]}, "uniform").to_dict() == pytest.approx({4: 3})
+        assert mechanism.last_violation({}, "uniform").empty
+        table = mechanism.smallest_violations({"uniform": [history]})
+        assert table.loc["uniform"].tolist() == ["5.0", "3.0", "1", "3.0", "0 of 1"]
+        assert mechanism.smallest_violations({"u": [history]}, tau_nat=0.2, tau_bdy=0.2)["satisfied"].item() == "1 of 1"
+
+
+class TestRendered:
+    def made(self, **names: str) -> dict[str, Any]:
+        made = json.loads((SHIPPED / "natural" / "seed0" / "record.json").read_text(encoding="utf-8"))
+        made["class_names"][6] = "one\ntwo|three $x$"
+        return {"fashion_mnist": {"natural": [made]}}
+
+    def test_odd_names_stay_on_one_line(self) -> None:
+        records = self.made()
+        text, markdown = (tables.rendered(records, kind) for kind in ("text", "markdown"))
+        assert "one two|three $x$" in text
+        assert "one two\\|three $x$" in markdown
+        assert len(markdown.splitlines()) == 3
+        assert {line.replace("\\|", "").count("|") for line in markdown.splitlines()} == {1 + 3 + 3 * 5}
+
+    def test_csv_and_json_are_the_same_numbers(self) -> None:
+        from io import StringIO
+
+        records = self.made()
+        csv = pd.read_csv(StringIO(tables.rendered(records, "csv")))
+        made = pd.DataFrame(json.loads(tables.rendered(records, "json")))
+        assert csv["natural, worst"].item() == pytest.approx(
+            100 * max(records["fashion_mnist"]["natural"][0]["natural"])
+        )
+        assert made["natural, worst"].item() == pytest.approx(csv["natural, worst"].item())
+        assert made["PGD-20 8/255, worst sd"].item() is None or np.isnan(made["PGD-20 8/255, worst sd"].item())
+
+    def test_unknown_formats_are_refused(self) -> None:
+        with pytest.raises(KitError, match="format = 'xlsx' is not allowed: use one of text, markdown, csv, json"):
+            tables.rendered(self.made(), "xlsx")
+
+
+def test_spread_of_shipped_runs() -> None:
+    errors = tables.tidy(tables.collect([SHIPPED / "pgd_at"])["fashion_mnist"])
+    found = tables.spread(errors, "natural", "Shirt").loc["pgd_at"]
+    by_seed = tables.classwise(errors, "pgd_at", "natural")
+    assert found["Shirt in every seed"] == tables.plus_minus(by_seed["Shirt"])
+    assert found["worst"] == tables.plus_minus(by_seed.max(axis=1))
+    assert found["range"] == tables.plus_minus(by_seed.max(axis=1) - by_seed.min(axis=1))
+    assert found["Gini"].count(".") == 2
 
 
 def table(*words: str | Path) -> Result:
@@ -109,10 +239,10 @@ class TestCollected:
     """``frlkit table``, on shipped runs."""
 
     def test_one_row_a_method_in_numbers_by_hand(self, tmp_path: Path) -> None:
-        result = table(SHIPPED / "pgd_at", SHIPPED / "dafa" / "seed0", "--output", tmp_path / "out.csv")
+        result = table(SHIPPED / "pgd_at", SHIPPED / "trades" / "seed0", "--output", tmp_path / "out.csv")
         assert result.exit_code == 0, result.output
         frame = pd.read_csv(tmp_path / "out.csv").set_index("recipe")
-        assert list(frame.index) == ["pgd_at", "dafa"]
+        assert list(frame.index) == ["pgd_at", "trades"]
         assert frame["dataset"].tolist() == ["fashion_mnist"] * 2
         assert frame["seeds"].tolist() == [5, 1]
         worst = pd.Series(
@@ -123,7 +253,7 @@ class TestCollected:
         assert row["natural, worst sd"] == pytest.approx(worst.std())
         assert row["natural, worst low"] < worst.mean() < row["natural, worst high"]
         assert row["natural, worst class"] == "Shirt"
-        assert frame.loc["dafa"].filter(like=" sd").isna().all()
+        assert frame.loc["trades"].filter(like=" sd").isna().all()
 
     def test_what_is_printed_is_the_notebooks_summary(self, tmp_path: Path) -> None:
         result = table(SHIPPED / "pgd_at", "--output", tmp_path / "out.md")
@@ -154,8 +284,8 @@ class TestCollected:
         assert frame["dataset"].tolist() == ["digits", "fashion_mnist"]
 
     def test_overlapping_folders_count_once(self) -> None:
-        records = tables.collect([SHIPPED / "dafa", SHIPPED / "dafa" / "seed0"])
-        assert len(records["fashion_mnist"]["dafa"]) == len(list((SHIPPED / "dafa").glob("seed*/record.json")))
+        records = tables.collect([SHIPPED / "trades", SHIPPED / "trades" / "seed0"])
+        assert len(records["fashion_mnist"]["trades"]) == len(list((SHIPPED / "trades").glob("seed*/record.json")))
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -172,7 +302,8 @@ class TestCollected:
             tables.collect([tmp_path / "0", tmp_path / "1"])
 
     def test_a_record_of_something_else(self, tmp_path: Path) -> None:
-        (tmp_path / "record.json").write_text("{}")
+        other = {"dataset": "digits", "class_names": ["a", "b"], "attacks": []}  # of weights, not of a run
+        (tmp_path / "record.json").write_text(json.dumps(other))
         with pytest.raises(KitError, match="is no record of a run"):
             tables.collect([tmp_path])
 

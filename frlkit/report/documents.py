@@ -41,11 +41,6 @@ def _replacement(found: re.Match[str]) -> str:
     return f"{found[1]}{TABLES[found[2]]()}\n{found[3]}"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
 def shipped(recipes: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """Test records of shipped runs on Fashion-MNIST, recipe -> one per seed."""
     place = PROJECT / "checkpoints" / "fashion_mnist"
@@ -60,12 +55,12 @@ def disparity() -> str:
     head = ["", *(f"{name}, {part}" for name in names for part in ("average", "worst"))]
     cells = [(measure, part) for measure in tables.MEASURES for part in ("average", "worst")]
     rows = [[recipe, *(summary.loc[(recipe, measure), part] for measure, part in cells)] for recipe in recipes.BASE]
-    return markdown(head, rows)
+    return tables.markdown(head, rows)
 
 
 def fairness() -> str:
     means = tables.means(tables.scores(shipped(FAIR, FAIR_SEEDS)))
-    return markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
+    return tables.markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
 
 
 def claims_of(number: str) -> Callable[[], str]:
@@ -73,7 +68,7 @@ def claims_of(number: str) -> Callable[[], str]:
         (notebook,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
         found = claims.from_notebook(json.loads(notebook.read_text())["cells"])
         rows = [[row["claim"], row["evidence"], row["verdict"]] for table in found for row in table["claims"]]
-        return markdown(["claim", "evidence", "verdict"], rows)
+        return tables.markdown(["claim", "evidence", "verdict"], rows)
 
     return render
 
@@ -89,7 +84,7 @@ def speed() -> str:
     frl = [table["frl_epoch"] for table in found]
     texts = [f"{row['ratio']} × ({row['kit_s']} s)" for row in frl]
     rows.append(["FRL epoch, the report's way", f"{frl[0]['report_s']} s", *texts])
-    return markdown(["", "baseline", *(table["kernel"] for table in found)], rows)
+    return tables.markdown(["", "baseline", *(table["kernel"] for table in found)], rows)
 
 
 UNMEASURED = "not measured yet"
@@ -117,7 +112,7 @@ def paper_scale() -> str:
         for column, value in columns.items():
             rows.append([f"{recipe}, {column}", "", value, f"{scored[column]:.1f}" if found else UNMEASURED])
     rows += [[f"{name}, any method", "no numbers in the text", "", UNMEASURED] for name in ("SVHN", "GTSRB")]
-    return markdown(["CIFAR-10, errors in %", "paper", "reruns by others", "ours"], rows)
+    return tables.markdown(["CIFAR-10, errors in %", "paper", "reruns by others", "ours"], rows)
 
 
 def cost() -> str:
@@ -133,7 +128,7 @@ def cost() -> str:
         for row in found["cost"]
     ]
     head = [f"{found['device']}, batch {found['cost'][0]['batch']}", "one step", "images", "extrapolated"]
-    return markdown(head, rows)
+    return tables.markdown(head, rows)
 
 
 def slice_() -> str:
@@ -143,7 +138,7 @@ def slice_() -> str:
     for path in sorted(place.glob("*/seed*/record.json")):
         found.setdefault(path.parents[1].name, []).append(records.read(path))
     means = tables.means(tables.scores({recipe: found[recipe] for recipe in recipes.BASE if recipe in found}))
-    return markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
+    return tables.markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,152 +1,96 @@
-"""Pictures of result records; errors in per cent, whiskers and bands ± sd over seeds."""
+"""Pictures of result records; errors in per cent. Every picture says what its whiskers are and over how many seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from frlkit.report import mechanism
+from frlkit.report.names import title
 from frlkit.report.tables import MEASURES
 
-#: Recipes as figures and tables name them.
-TITLES = {
-    "natural": "Natural training",
-    "pgd_at_half": "PGD-AT, half of each batch (report)",
-    "pgd_at": "PGD-AT, whole batch (paper)",
-    "trades": "TRADES",
-    "uniform": "Retrained, equal weights (control)",
-    "constant_margin": "Retrained at 12/255",
-    "algorithm1_reweight": "Algorithm 1, Reweight",
-    "algorithm1_remargin": "Algorithm 1, Remargin",
-    "algorithm1_both": "Algorithm 1, Reweight + Remargin",
-    "shrunk_margin": "Radii of hard classes shrunk",
-    "algorithm1_remargin,alpha_margin=0": "Radii flat",
-    "official_remargin,alpha_margin=0": "Authors' code, radii flat",
-    "baseline_reweight": "Baseline reweight (Agarwal)",
-    "official_uniform": "Authors' loop, equal weights (control)",
-    "official_reweight": "Authors' code, Reweight",
-    "official_remargin": "Authors' code, Remargin",
-    "official_both": "Authors' code, Reweight + Remargin",
-    "report_uniform": "Report's loop, equal weights (control)",
-    "report_reweight,alpha_nat=1,alpha_bdy=1": "Report's Reweight 1:1",
-    "report_reweight,alpha_nat=1,alpha_bdy=5": "Report's Reweight 1:5",
-    "report_reweight,alpha_nat=5,alpha_bdy=1": "Report's Reweight 5:1",
-    "report_remargin": "Report's Remargin, as published",
-    "dafa": "DAFA",
-}
 COLOURS = ("#4c72b0", "#dd8452", "#8c2d04")  # natural, then robust at growing radii
 
 
-def class_bars(errors: pd.DataFrame, order: Sequence[str], note: str) -> Figure:
-    """Class-wise error bars, one panel per recipe: natural and under PGD at both radii; whiskers are ± sd over seeds.
+def literal(name: object) -> str:
+    """A name as matplotlib shows it letter by letter: a dollar sign starts no formula."""
+    return str(name).replace("$", r"\$")
 
-    `order` sorts the classes, `note` says what data and seeds these are.
+
+def seeds(counts: Sequence[int], what: str = "whiskers") -> str:
+    """What whiskers or bands are, for recipes of so many seeds each: "whiskers ± sd over 3 to 5 seeds"."""
+    low, high = min(counts), max(counts)
+    if high < 2:
+        return f"one seed, no {what}"
+    return f"{what} ± sd over {high if low == high else f'{low} to {high}'} seeds"
+
+
+def _counts(frame: pd.DataFrame) -> pd.Series:
+    """How many seeds each recipe of a table has, in the table's order."""
+    return frame.groupby("recipe", sort=False)["seed"].nunique()
+
+
+def heading(figure: Figure, *parts: str) -> None:
+    """What a whole figure shows, above it: the parts that are not empty."""
+    figure.suptitle(literal(" · ".join(part for part in parts if part)), x=0.01, ha="left", fontsize=11)
+
+
+def _named(recipe: str, counts: pd.Series) -> str:
+    """A recipe's title; its number of seeds, too, where the recipes of a figure differ in it."""
+    count = counts[recipe]
+    return title(recipe) + (f" ({count} seed{'s' if count > 1 else ''})" if counts.nunique() > 1 else "")
+
+
+def class_bars(errors: pd.DataFrame, order: Sequence[str], note: str) -> Figure:
+    """Class-wise error bars, one panel per recipe: natural and under PGD at both radii.
+
+    `errors` is `tables.tidy`'s; `order` sorts the classes, `note` says what data these are.
     """
-    recipes = list(dict.fromkeys(errors["recipe"]))
-    rows = -(-len(recipes) // 2)
-    figure, axes = plt.subplots(
-        rows, 2 if len(recipes) > 1 else 1, figsize=(13, 3.9 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, recipe in zip(axes.flat, recipes, strict=False):
-        part = errors[errors["recipe"] == recipe]
-        spread = "sd" if part["seed"].nunique() > 1 else None
-        sns.barplot(
-            part,
-            x="class",
-            y="error",
-            hue="measure",
-            hue_order=MEASURES,
-            order=order,
-            palette=list(COLOURS),
-            errorbar=spread,
-            ax=axis,
-            err_kws={"linewidth": 1},
-        )
-        axis.set(title=TITLES.get(recipe, recipe), xlabel="", ylabel="error (%)", ylim=(0, 100))
-        axis.set_xticks(axis.get_xticks(), order, rotation=35, ha="right")
-        axis.get_legend().remove()
-        axis.grid(axis="y", alpha=0.3)
-    for axis in axes.flat[len(recipes) :]:
+    counts = _counts(errors)
+    rows = -(-len(counts) // 2)
+    shape = {"figsize": (13, 3.9 * rows), "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, 2 if len(counts) > 1 else 1, **shape)
+    for axis, recipe in zip(axes.flat, counts.index, strict=False):
+        _bars(axis, errors[errors["recipe"] == recipe], order, MEASURES, COLOURS)
+        axis.set_title(_named(recipe, counts))
+    for axis in axes.flat[len(counts) :]:
         axis.set_visible(False)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(note, x=0.01, ha="left", fontsize=11)
+    heading(figure, note, seeds(counts.tolist()))
     return figure
 
 
-def training_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], note: str) -> Figure:
-    """Loss, and natural and robust error (average and worst class) on the validation split, epoch by epoch.
-
-    Lines are means over seeds, bands ± sd.
-    """
-    rows = []
-    for recipe, seeds in histories.items():
-        for history in seeds:
-            for epoch, entry in enumerate(history["epochs"], start=1):
-                natural, robust = (100 * np.array(entry["validation"][kind]) for kind in ("natural", "robust"))
-                values = (entry["loss"], natural.mean(), natural.max(), robust.mean(), robust.max())
-                rows.append((TITLES.get(recipe, recipe), history["config"]["seed"], epoch, *values))
-    panels = {
-        "loss": "training loss (each recipe's own)",
-        "average natural": "validation natural error, average (%)",
-        "worst natural": "validation natural error, worst class (%)",
-        "average robust": "validation PGD-10 8/255 error, average (%)",
-        "worst robust": "validation PGD-10 8/255 error, worst class (%)",
-    }
-    frame = pd.DataFrame(rows, columns=["recipe", "seed", "epoch", *panels])
-    spread = "sd" if frame["seed"].nunique() > 1 else None
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, (column, title) in zip(axes.flat, panels.items(), strict=False):
-        sns.lineplot(frame, x="epoch", y=column, hue="recipe", errorbar=spread, palette="colorblind", ax=axis)
-        axis.set(title=title, ylabel="loss" if column == "loss" else "error (%)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.get_legend().remove()
-    axes[1, 2].axis("off")
-    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
-    figure.suptitle(note, x=0.01, ha="left", fontsize=11)
-    return figure
+def _bars(
+    axis: Axes, part: pd.DataFrame, order: Sequence[str], measures: Sequence[str], colours: Sequence[str]
+) -> None:
+    spread = "sd" if part["seed"].nunique() > 1 else None
+    style = {"hue_order": measures, "palette": list(colours), "errorbar": spread, "err_kws": {"linewidth": 1}}
+    sns.barplot(part, x="class", y="error", hue="measure", order=order, ax=axis, **style)
+    axis.set(xlabel="", ylabel="error (%)", ylim=(0, 100))
+    axis.set_xticks(axis.get_xticks(), [literal(name) for name in order], rotation=35, ha="right")
+    axis.get_legend().remove()
+    axis.grid(axis="y", alpha=0.3)
 
 
-def fairness_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], note: str) -> Figure:
-    """Largest violation, and average and worst robust error, epoch by epoch on the validation split (paper, 3 and 5).
-
-    A violation is a class's error minus the average, tolerance 0; epoch 0 is the model that retraining starts from.
-    Lines are means over seeds, bands ± sd.
-    """
-    rows = []
-    for recipe, seeds in histories.items():
-        for history in seeds:
-            scored = [history["start"]["validation"], *(entry["validation"] for entry in history["epochs"])]
-            for epoch, errors in enumerate(scored):
-                natural, robust = (100 * np.array(errors[kind]) for kind in ("natural", "robust"))
-                boundary = robust - natural
-                gaps = (natural.max() - natural.mean(), boundary.max() - boundary.mean())
-                rows.append((TITLES.get(recipe, recipe), epoch, *gaps, robust.mean(), robust.max()))
-    panels = {
-        "natural": "largest natural violation (points)",
-        "boundary": "largest boundary violation (points)",
-        "average": "robust error, average (%)",
-        "worst": "robust error, worst class (%)",
-    }
-    frame = pd.DataFrame(rows, columns=["recipe", "epoch", *panels])
-    figure, axes = plt.subplots(1, 4, figsize=(15, 4.4), layout="constrained")
-    for axis, (column, title) in zip(axes, panels.items(), strict=True):
-        sns.lineplot(
-            frame, x="epoch", y=column, hue="recipe", style="recipe", errorbar="sd", palette="colorblind", ax=axis
-        )
-        axis.set(title=title, ylabel="")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.get_legend().remove()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(note, x=0.01, ha="left", fontsize=11)
+def before_after(errors: pd.DataFrame, before: str, after: str, order: Sequence[str], note: str) -> Figure:
+    """The report's figures 2 and 3: natural and robust error (PGD-20 16/255) by class, (a) before and (b) after."""
+    part = errors[errors["recipe"].isin([before, after]) & (errors["measure"] != MEASURES[1])]
+    counts = _counts(part)
+    measures, colours = (MEASURES[0], MEASURES[2]), (COLOURS[0], COLOURS[2])
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.2), sharey=True, layout="constrained")
+    for letter, axis, recipe in zip("ab", axes, (before, after), strict=True):
+        _bars(axis, part[part["recipe"] == recipe], order, measures, colours)
+        axis.set_title(f"({letter}) {_named(recipe, counts)}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    heading(figure, note, seeds(counts.tolist()))
     return figure
 
 
@@ -156,23 +100,82 @@ def change_bars(changes: pd.DataFrame, note: str) -> Figure:
 
 
 def value_bars(scored: pd.DataFrame, note: str, unit: str = "error (%)") -> Figure:
-    """Bars of `tables.scores`: one panel per column, one bar per recipe, whiskers ± sd over seeds."""
-    figure, axes = plt.subplots(
-        1,
-        len(scored.columns),
-        figsize=(15, 1.6 + 0.35 * scored.index.get_level_values(0).nunique()),
-        sharey=True,
-        layout="constrained",
-    )
-    frame = scored.reset_index()
-    frame["recipe"] = frame["recipe"].map(lambda recipe: TITLES.get(recipe, recipe))
-    for axis, column in zip(axes, scored.columns, strict=True):
-        spread = "sd" if frame["seed"].nunique() > 1 else None
+    """Bars of `tables.scores`: one panel per column, one bar per recipe; all panels have one axis."""
+    frame = scored.rename_axis(["recipe", "seed"]).reset_index()
+    counts = _counts(frame)
+    frame["recipe"] = frame["recipe"].map(lambda recipe: literal(_named(recipe, counts)))
+    shape = {"figsize": (15, 1.6 + 0.35 * len(counts)), "sharey": True, "sharex": True, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(scored.columns), squeeze=False, **shape)
+    spread = "sd" if max(counts) > 1 else None
+    for axis, column in zip(axes.flat, scored.columns, strict=True):
         sns.barplot(frame, y="recipe", x=column, errorbar=spread, color=COLOURS[0], ax=axis, err_kws={"linewidth": 1})
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=column, xlabel=unit, ylabel="")
         axis.grid(axis="x", alpha=0.3)
-    figure.suptitle(note, x=0.01, ha="left", fontsize=11)
+    heading(figure, note, seeds(counts.tolist()))
+    return figure
+
+
+def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) -> Figure:
+    """Average against worst class, one panel a pair of `tables.scores`' columns, every method a numbered, named point.
+
+    The line joins the methods that no other beats in both.
+    """
+    counts = _counts(scored.rename_axis(["recipe", "seed"]).reset_index())
+    figure, axes = plt.subplots(1, len(pairs), figsize=(6.6 * len(pairs), 5.4), squeeze=False, layout="constrained")
+    for axis, (average, worst) in zip(axes.flat, pairs, strict=True):
+        means = mechanism.pareto(scored, average, worst)
+        sd = scored[[average, worst]].groupby(level=0, sort=False).std().fillna(0)
+        best = means[means["front"]].sort_values(average)
+        axis.plot(best[average], best[worst], color=COLOURS[1], linewidth=1.2, zorder=0)
+        style = {"fmt": "o", "color": COLOURS[0], "elinewidth": 0.7, "markersize": 5}
+        axis.errorbar(means[average], means[worst], xerr=sd[average], yerr=sd[worst], **style)
+        name_points(axis, means[average], means[worst], [str(number) for number in range(1, len(means) + 1)])
+        axis.set(xlabel=f"{average} (%)", ylabel=f"{worst} class (%)", title=f"{worst} against {average}")
+        axis.margins(0.12)
+        axis.grid(alpha=0.3)
+    lines = axes[0, 0].lines[:1]
+    handles = [*lines, *(Line2D([], [], linestyle="none") for _ in counts)]
+    labels = ["Pareto front", *(f"{k}  {literal(_named(recipe, counts))}" for k, recipe in enumerate(counts.index, 1))]
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, handlelength=1)
+    heading(figure, note, seeds(counts.tolist()))
+    return figure
+
+
+def name_points(axis: Axes, x: Sequence[float], y: Sequence[float], labels: Sequence[str]) -> None:
+    """Write each point's name beside it."""
+    for left, up, label in zip(x, y, labels, strict=True):
+        axis.annotate(literal(label), (left, up), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+
+
+def one_class(table: pd.DataFrame, note: str) -> Figure:
+    """Notebook 04's single classes: the change of a class's errors over its robust error at its own radius.
+
+    `table` has a row a class, "own radius" (%) and columns "change, MEASURE" (points). Theory changes sign at 50 %.
+    """
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    own = table["own radius"].astype(float)
+    for measure, marker in zip(MEASURES, "os^", strict=True):
+        axis.scatter(own, table[f"change, {measure}"].astype(float), marker=marker, label=measure)
+    middle = table[f"change, {MEASURES[1]}"].astype(float)
+    name_points(axis, own, middle, list(table.index))
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axvline(50, color="black", linewidth=0.8, linestyle="--", label="one half")
+    axis.set(xlabel="robust error of the class at its own radius, 16/255 (%)", ylabel="change of its error (points)")
+    axis.legend(frameon=False)
+    heading(figure, note)
+    return figure
+
+
+def confusion_map(change: pd.DataFrame, note: str) -> Figure:
+    """Heat map of a change of `mechanism.confusion`, in points of the true class's images: red pays, blue gains."""
+    figure, axis = plt.subplots(figsize=(8.4, 6.6), layout="constrained")
+    size = float(np.abs(change.to_numpy()).max())
+    labels = {"xticklabels": [literal(n) for n in change.columns], "yticklabels": [literal(n) for n in change.index]}
+    sns.heatmap(change, annot=True, fmt=".1f", cmap="RdBu_r", vmin=-size, vmax=size, cbar=False, ax=axis, **labels)
+    axis.set(xlabel="ends in (target)", ylabel="true class (source)")
+    axis.tick_params(axis="x", rotation=35)
+    heading(figure, note)
     return figure
 
 
@@ -183,7 +186,7 @@ def grid_maps(scored: pd.DataFrame, columns: Sequence[str], note: str) -> Figure
         table = scored[column].unstack()
         sns.heatmap(table, annot=True, fmt=".1f", cmap="cividis", cbar=False, ax=axis)
         axis.set(title=f"{column} (%)", xlabel="α boundary", ylabel="α natural")
-    figure.suptitle(note, x=0.01, ha="left", fontsize=11)
+    heading(figure, note)
     return figure
 
 

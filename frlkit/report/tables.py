@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
-from frlkit import KitError, checkpoint, records
+from frlkit import KitError, checkpoint
+from frlkit.records import read, robust_errors
+from frlkit.report import statistics as numbers
+from frlkit.report.names import plain
+
+pd.set_option("display.html.use_mathjax", False)  # a class may be called "$5" or "a$b$"
 
 RADII = (8, 16)  # of the standard attacks, in 1/255
 MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
+FORMATS = ("text", "markdown", "csv", "json")
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # recipe -> one record per seed
 
@@ -26,7 +31,7 @@ def error_table(record: Mapping[str, Any], robust: Sequence[float]) -> pd.DataFr
     """
     class_names, natural, images = record["class_names"], record["natural"], record["class_counts"]
     columns = {"natural": np.array(natural), "boundary": np.subtract(robust, natural), "robust": np.array(robust)}
-    frame = pd.DataFrame(columns, index=list(class_names))
+    frame = pd.DataFrame(columns, index=[plain(name) for name in class_names])
     rows = {"average": frame.mean(), "worst": frame.max()}
     if len(set(images)) > 1:
         over_images = frame.mul(images, axis=0).sum() / sum(images)
@@ -40,61 +45,80 @@ def tidy(records: Records) -> pd.DataFrame:
     rows = []
     for recipe, seeds in records.items():
         for record in seeds:
-            by_measure = [record["natural"], *(records.robust_errors(record, eps) for eps in RADII)]
+            by_measure = [record["natural"], *(robust_errors(record, eps) for eps in RADII)]
             for measure, errors in zip(MEASURES, by_measure, strict=True):
                 for name, count, error in zip(record["class_names"], record["class_counts"], errors, strict=True):
-                    rows.append((recipe, record["config"]["seed"], name, measure, 100 * error, count))
+                    rows.append((recipe, record["config"]["seed"], plain(name), measure, 100 * error, count))
     return pd.DataFrame(rows, columns=["recipe", "seed", "class", "measure", "error", "images"])
 
 
 def classwise(errors: pd.DataFrame, recipe: str, measure: str) -> pd.DataFrame:
-    """One row per seed, one column per class, of `tidy`'s table: error in per cent."""
+    """One row per seed, one column per class, of `tidy`'s table: error in per cent; no rows where there are no runs."""
     part = errors[(errors["recipe"] == recipe) & (errors["measure"] == measure)]
     return part.pivot(index="seed", columns="class", values="error")[list(dict.fromkeys(part["class"]))]
+
+
+def _parts(errors: pd.DataFrame) -> Iterator[tuple[tuple[str, str], np.ndarray, np.ndarray, list[str]]]:
+    """Of every recipe and measure of `tidy`'s table: its (S, C) errors in per cent, each class's images, the names."""
+    columns = {name: errors[name].to_numpy() for name in ("seed", "class", "error", "images")}
+    for key, index in errors.groupby(["recipe", "measure"], sort=False).indices.items():
+        seed, kind, error, images = (column[index] for column in columns.values())
+        classes = list(dict.fromkeys(kind))
+        yield key, error.reshape(len(set(seed)), len(classes)), images[: len(classes)], classes
 
 
 def statistics(errors: pd.DataFrame) -> pd.DataFrame:
     """Average, worst and best class of each recipe and measure in `tidy`'s table, in numbers.
 
     Each is taken within a seed; its mean over seeds stands under its name, the standard deviation (n - 1; NaN for one
-    seed) under "sd". Low and high are the worst class's interval (see `worst_interval`); the class named is worst in
+    seed) under "sd". Low and high are the worst class's interval (`worst_interval`); the class named is worst in
     the mean over seeds. The average is over classes; where they differ in size, that over images stands beside it.
     """
-    rows = {}
-    for recipe, measure in dict.fromkeys(zip(errors["recipe"], errors["measure"], strict=True)):
-        scores = classwise(errors, recipe, measure)
-        low, high = worst_interval(errors, recipe, measure)
-        average, worst, best = scores.mean(axis=1), scores.max(axis=1), scores.min(axis=1)
-        images = errors.loc[errors["recipe"] == recipe].drop_duplicates("class")["images"].to_numpy()
-        over = (scores * images).sum(axis=1) / images.sum()
-        unbalanced = {"average over images": over.mean(), "average over images sd": over.std()}
-        rows[recipe, measure] = {
-            **{"average": average.mean(), "average sd": average.std()},
-            **(unbalanced if len(set(images)) > 1 else {}),
-            **{"worst": worst.mean(), "worst sd": worst.std(), "worst low": low, "worst high": high},
-            **{"best": best.mean(), "best sd": best.std(), "worst class": scores.mean().idxmax()},
-        }
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, found, images, classes in _parts(errors):
+        values = {"average": found.mean(1)}
+        if len(set(images)) > 1:
+            values["average over images"] = found @ images / images.sum()
+        values |= {"worst": found.max(1), "best": found.min(1)}
+        low, high = numbers.worst_interval(found / 100, images)
+        rows[key] = {}
+        for name, by_seed in values.items():
+            rows[key] |= {name: by_seed.mean(), f"{name} sd": by_seed.std(ddof=1) if len(by_seed) > 1 else math.nan}
+            rows[key] |= {"worst low": 100 * low, "worst high": 100 * high} if name == "worst" else {}
+        rows[key]["worst class"] = classes[int(found.mean(0).argmax())]
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:
     """`statistics` to read: mean ± sd with one decimal, and the worst class's interval."""
-    return pd.DataFrame(
-        {
-            key: {
-                **{
-                    name: _plus_minus(row[name], row[f"{name} sd"])
-                    for name in ("average", "average over images")
-                    if name in row
-                },
-                "worst": _plus_minus(row["worst"], row["worst sd"]),
-                "worst, 95 %": f"{row['worst low']:.1f} to {row['worst high']:.1f}",
-                "best": _plus_minus(row["best"], row["best sd"]),
-                "worst class": row["worst class"],
-            }
-            for key, row in statistics(errors).iterrows()
-        }
-    ).T
+    return _to_read(statistics(errors))
+
+
+def _to_read(found: pd.DataFrame) -> pd.DataFrame:
+    rows = {}
+    for key, row in found.to_dict("index").items():
+        rows[key] = {}
+        for name in ("average", "average over images", "worst", "best"):
+            if not math.isnan(row.get(name, math.nan)):
+                rows[key][name] = _plus_minus(row[name], row[f"{name} sd"])
+            if name == "worst":
+                rows[key]["worst, 95 %"] = f"{row['worst low']:.1f} to {row['worst high']:.1f}"
+        rows[key]["worst class"] = row["worst class"]
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def spread(errors: pd.DataFrame, measure: str, fixed: str) -> pd.DataFrame:
+    """How unevenly errors fall on classes, one row a recipe: `statistics.spread` as mean ± sd over seeds.
+
+    Average, worst class of each seed, one `fixed` class in all seeds, mean of the two worst, sd over classes and range
+    in per cent; Gini coefficient of the errors, 0 to 1.
+    """
+    rows = {}
+    for (recipe, found_measure), found, _, classes in _parts(errors):
+        if found_measure == measure:
+            values = numbers.spread(found, classes.index(fixed))
+            rows[recipe] = {name: plus_minus(by_seed, 3 if name == "Gini" else 1) for name, by_seed in values.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename(columns={"fixed class": f"{fixed} in every seed"})
 
 
 def collect(paths: Sequence[Path]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -103,27 +127,30 @@ def collect(paths: Sequence[Path]) -> dict[str, dict[str, list[dict[str, Any]]]]
     Raises `KitError` where a folder has none, a file is no run's record, or runs of one recipe differ in more than
     their seeds, so that no mean over them makes sense.
     """
-    found: dict[str, dict[str, dict[int, Path]]] = {}
+    found: dict[str, dict[str, dict[int, tuple[Path, dict[str, Any]]]]] = {}
     for path in paths:
         files = sorted(path.rglob("record.json"))
         if not files:
             raise KitError(f"there are no finished runs in {path}: name a folder that train or sweep has written to")
         for file in dict.fromkeys(file.resolve() for file in files):
-            record = records.read(file)
+            record = read(file)
             if not {"config", "natural", "attacks"} <= set(record):
                 raise KitError(f"{file} is no record of a run: name a folder that train or sweep has written to")
             recipe, config = file.parent.parent.name, record["config"]
             seeds = found.setdefault(config["dataset"], {}).setdefault(recipe, {})
-            if seeds.setdefault(config["seed"], file) != file:
-                raise KitError(f"{file} and {seeds[config['seed']]} are the same seed: name the folder of one of them")
-    kept_by: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for dataset, recipes in found.items():
-        for recipe, seeds in recipes.items():
-            kept = [records.read(seeds[seed]) for seed in sorted(seeds)]
-            for seed, record in zip(sorted(seeds), kept, strict=True):
-                checkpoint.refuse_other(seeds[seed], record["config"], {**kept[0]["config"], "seed": seed})
-            kept_by.setdefault(dataset, {})[recipe] = kept
-    return kept_by
+            other, _ = seeds.setdefault(config["seed"], (file, record))
+            if other != file:
+                raise KitError(f"{file} and {other} are the same seed: name the folder of one of them")
+    return {dataset: {recipe: _alike(seeds) for recipe, seeds in by.items()} for dataset, by in found.items()}
+
+
+def _alike(seeds: Mapping[int, tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The records in the order of their seeds, which have to be all that differs."""
+    kept = [seeds[seed] for seed in sorted(seeds)]
+    first = kept[0][1]["config"]
+    for file, record in kept:
+        checkpoint.refuse_other(file, record["config"], {**first, "seed": record["config"]["seed"]})
+    return [record for _, record in kept]
 
 
 def by_method(
@@ -135,31 +162,41 @@ def by_method(
     """
     rows = []
     for dataset, recipes in records.items():
-        table = measured(tidy(recipes))
+        table = measured(tidy(recipes)).to_dict("index")
         for recipe, seeds in recipes.items():
-            cells = {
-                f"{measure}, {name}": value
-                for measure in MEASURES
-                for name, value in table.loc[recipe, measure].items()
-            }
+            cells = {f"{measure}, {k}": v for measure in MEASURES for k, v in table[recipe, measure].items()}
             rows.append({"dataset": dataset, "recipe": recipe, "seeds": len(seeds), **cells})
     return pd.DataFrame(rows)
 
 
-def worst_interval(errors: pd.DataFrame, recipe: str, measure: str, draws: int = 2000) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the worst class's error in per cent, mean over seeds.
+def rendered(records: Mapping[str, Records], kind: str = "text") -> str:
+    """`by_method` as text for a terminal (one block a data set and measure), as Markdown, or in numbers as CSV or JSON.
 
-    Seeds are resampled and, within each, every class's test images, for which a binomial draw is the same thing. The
-    worst class is found anew in each draw, so the interval shows the upward bias of a maximum too.
+    Raises `KitError` for another `kind` than those of `FORMATS`.
     """
-    part = errors[(errors["recipe"] == recipe) & (errors["measure"] == measure)]
-    shares = classwise(errors, recipe, measure).to_numpy() / 100  # (seeds, classes)
-    images = part.drop_duplicates("class")["images"].to_numpy()
-    generator = np.random.default_rng(0)
-    seeds = generator.integers(len(shares), size=(draws, len(shares)))
-    worst = 100 * (generator.binomial(images, shares[seeds]) / images).max(axis=2)  # (draws, seeds)
-    low, high = np.percentile(worst.mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    if kind not in FORMATS:
+        raise KitError(f"format = {kind!r} is not allowed: use one of {', '.join(FORMATS)}")
+    if kind in ("csv", "json"):
+        frame = by_method(records, statistics)
+        return frame.to_csv(index=False) if kind == "csv" else frame.to_json(orient="records", indent=1) + "\n"
+    if kind == "markdown":
+        frame = by_method(records)
+        return markdown(frame.columns, frame.to_numpy()) + "\n"
+    blocks = []
+    for dataset, recipes in records.items():
+        table = summary(tidy(recipes))
+        for measure in MEASURES:
+            part = table.xs(measure, level=1).assign(seeds=[len(recipes[recipe]) for recipe in recipes])
+            blocks.append(f"{dataset}, {measure}, errors in %, mean ± sd over seeds\n{part.to_string()}\n")
+    return "\n".join(blocks)
+
+
+def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; a cell's bars are escaped and its line breaks become spaces."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        f"| {' | '.join(' '.join(str(c).split()).replace('|', chr(92) + '|') for c in line)} |" for line in lines
+    )
 
 
 def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
@@ -170,7 +207,7 @@ def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
     rows = {}
     for recipe, seeds in records.items():
         for record in seeds:
-            natural, robust = np.array(record["natural"]), records.robust_errors(record, eps_255)
+            natural, robust = np.array(record["natural"]), robust_errors(record, eps_255)
             kinds = {"natural": natural, "boundary": robust - natural, "robust": robust}
             rows[recipe, record["config"]["seed"]] = {
                 f"{kind} {what}": 100 * getattr(errors, how)()
@@ -200,28 +237,10 @@ def gap(errors: pd.DataFrame, recipe: str, measure: str) -> pd.Series:
     return scores.max(axis=1) - scores.mean(axis=1)
 
 
-def established(change: pd.Series) -> bool:
-    """Whether a change, one value per seed, is there: the same sign in every seed, and its mean above twice its sd.
-
-    One seed establishes nothing.
-    """
-    same_sign = (change > 0).all() or (change < 0).all()
-    return bool(len(change) > 1 and same_sign and abs(change.mean()) > 2 * change.std())
+def plus_minus(values: Sequence[float] | np.ndarray | pd.Series, decimals: int = 1) -> str:
+    """``mean ± sd``; the sd (n - 1) is left out where there is only one value."""
+    return _plus_minus(np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan, decimals)
 
 
-def rank_correlation(difficulty: pd.Series, target: pd.Series) -> dict[str, float]:
-    """Spearman's rank correlation over classes, and again without the most difficult one; two-sided p-values beside."""
-    row: dict[str, float] = {}
-    for label, left in (("", difficulty.index), (" without worst", difficulty.index.drop(difficulty.idxmax()))):
-        rho, p_value = spearmanr(difficulty[left], target[left])
-        row |= {f"rho{label}": round(float(rho), 2), f"p{label}": round(float(p_value), 3)}
-    return row
-
-
-def plus_minus(values: Sequence[float] | pd.Series) -> str:
-    """``mean ± sd`` with one decimal; the sd (n - 1) is left out where there is only one value."""
-    return _plus_minus(np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan)
-
-
-def _plus_minus(mean: float, sd: float) -> str:
-    return f"{mean:.1f}" if math.isnan(sd) else f"{mean:.1f} ± {sd:.1f}"
+def _plus_minus(mean: float, sd: float, decimals: int = 1) -> str:
+    return f"{mean:.{decimals}f}" if math.isnan(sd) else f"{mean:.{decimals}f} ± {sd:.{decimals}f}"

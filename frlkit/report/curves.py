@@ -1,0 +1,177 @@
+"""Pictures of training histories, epoch by epoch on the validation split: errors, violations, multipliers, radii."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from frlkit.report import figures
+from frlkit.report.names import plain, title
+
+Histories = Mapping[str, Sequence[Mapping[str, Any]]]  # recipe -> one history per seed
+PAPER_TAU = {"natural": 5.0, "boundary": 7.0}  # points
+
+
+def training_curves(histories: Histories, note: str) -> Figure:
+    """Loss, and natural and robust error (average and worst class) on the validation split, epoch by epoch.
+
+    Lines are means over seeds, bands ± sd. The panels of one error share an axis.
+    """
+    panels = {
+        "natural average": "natural error, average",
+        "natural worst": "natural error, worst class",
+        "robust average": "PGD-10 8/255 error, average",
+        "robust worst": "PGD-10 8/255 error, worst class",
+        "loss": "training loss (each recipe's own)",
+    }
+    frame = _frame(histories, list(panels), _of_epoch, first=1)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    axes[0, 1].sharey(axes[0, 0])
+    axes[1, 1].sharey(axes[1, 0])
+    places = [axes[0, 0], axes[0, 1], axes[1, 0], axes[1, 1], axes[0, 2]]
+    for axis, (column, heading) in zip(places, panels.items(), strict=True):
+        _line(axis, frame, column, heading, "loss" if column == "loss" else "error (%)")
+    axes[1, 2].axis("off")
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
+    figures.heading(figure, note, "validation split", _bands(histories))
+    return figure
+
+
+def _of_epoch(entry: Mapping[str, Any]) -> list[float]:
+    natural, robust = (100 * np.array(entry["validation"][kind]) for kind in ("natural", "robust"))
+    return [natural.mean(), natural.max(), robust.mean(), robust.max(), entry["loss"]]
+
+
+def fairness_curves(histories: Histories, note: str) -> Figure:
+    """Largest class-wise excess over the average, and average and worst robust error, by epoch (paper, 3 and 5).
+
+    A constraint is violated where the excess lies above its tolerance τ, drawn for every tolerance in use and for the
+    paper's; epoch 0 is the model that retraining starts from. Lines are means over seeds, bands ± sd; the two panels of
+    either kind share an axis.
+    """
+    panels = {
+        "natural": "natural error: worst class above average",
+        "boundary": "boundary error: worst class above average",
+        "average": "robust error, average",
+        "worst": "robust error, worst class",
+    }
+    frame = _frame(histories, list(panels), _excess, first=0)
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4.6), layout="constrained")
+    axes[1].sharey(axes[0])
+    axes[3].sharey(axes[2])
+    for axis, (column, heading) in zip(axes, panels.items(), strict=True):
+        _line(axis, frame, column, heading, "points" if column in PAPER_TAU else "error (%)")
+    for axis, kind in zip(axes, PAPER_TAU, strict=False):
+        _tolerances(axis, _taus(histories, kind) | {PAPER_TAU[kind]})
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figures.heading(figure, note, "validation split", _bands(histories))
+    return figure
+
+
+def _excess(entry: Mapping[str, Any]) -> list[float]:
+    natural, robust = (100 * np.array(entry["validation"][kind]) for kind in ("natural", "robust"))
+    boundary = robust - natural
+    return [natural.max() - natural.mean(), boundary.max() - boundary.mean(), robust.mean(), robust.max()]
+
+
+def class_curves(seeds: Sequence[Mapping[str, Any]], class_names: Sequence[str], note: str) -> Figure:
+    """One recipe, class by class: excess of both errors over the average with τ, both multipliers, and the radius.
+
+    From the histories of its seeds; lines are means over them. Multipliers are read off the class weights
+    1/C + φ - mean φ as φ minus the smallest φ, which is 0 unless every class violates its constraint. Epoch e shows the
+    weights and radii that were trained with last in it.
+    """
+    names = [figures.literal(plain(name)) for name in class_names]
+    recipe, taus = {"": seeds}, PAPER_TAU
+    excess = {kind: np.mean([_by_class(history, kind) for history in seeds], axis=0) for kind in taus}
+    figure, axes = plt.subplots(1, 5, figsize=(18, 4.4), layout="constrained")
+    axes[1].sharey(axes[0])
+    axes[3].sharey(axes[2])
+    colours = sns.color_palette("tab10" if len(names) <= 10 else "husl", len(names))
+    lines = [(axes[place], excess[kind], f"{kind} error above average") for place, kind in enumerate(taus)]
+    for axis, field, heading in (
+        (axes[2], "weights_nat", "multiplier φ, natural"),
+        (axes[3], "weights_bdy", "multiplier φ, boundary"),
+    ):
+        lines.append((axis, _state(seeds, field, lambda w, _: w - w.min(axis=1, keepdims=True)), heading))
+    radii = _state(seeds, "radius_factors", lambda w, config: w * config["eps_255"])
+    lines.append((axes[4], radii, "radius in training (1/255)"))
+    for axis, values, heading in lines:
+        for number, name in enumerate(names):
+            first = len(seeds[0]["epochs"]) + 1 - len(values)
+            axis.plot(range(first, first + len(values)), values[:, number], color=colours[number], label=name)
+        axis.set(title=heading, xlabel="epoch", ylabel="points" if "above" in heading else "")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    for axis, kind in zip(axes, taus, strict=False):
+        _tolerances(axis, _taus(recipe, kind) or {taus[kind]})
+    figure.legend(*axes[4].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False)
+    count = len(seeds)
+    figures.heading(figure, note, "validation split", f"mean over {count} seeds" if count > 1 else "one seed")
+    return figure
+
+
+def _by_class(history: Mapping[str, Any], kind: str) -> np.ndarray:
+    """Class-wise error minus its average, in points: (epochs, C), the start first where there is one."""
+    start = [history["start"]] if "start" in history else []
+    rows = []
+    for entry in (*start, *history["epochs"]):
+        natural, robust = (np.array(entry["validation"][name]) for name in ("natural", "robust"))
+        errors = natural if kind == "natural" else robust - natural
+        rows.append(100 * (errors - errors.mean()))
+    return np.array(rows)
+
+
+def _state(seeds: Sequence[Mapping[str, Any]], field: str, read: Any) -> np.ndarray:
+    """Mean over seeds of one class-wise field of every epoch, (epochs, C)."""
+    return np.mean([read(np.array([e[field] for e in h["epochs"]]), h["config"]) for h in seeds], axis=0)
+
+
+def _frame(histories: Histories, columns: Sequence[str], read: Any, first: int) -> pd.DataFrame:
+    """One row a recipe, seed and epoch; `first` is 0 where the model before the first epoch counts as an epoch."""
+    rows = []
+    for recipe, seeds in histories.items():
+        for history in seeds:
+            start = [history["start"]] if first == 0 and "start" in history else []
+            for epoch, entry in enumerate([*start, *history["epochs"]], start=1 - len(start)):
+                rows.append((title(recipe), history["config"]["seed"], epoch, *read(entry)))
+    return pd.DataFrame(rows, columns=["recipe", "seed", "epoch", *columns])
+
+
+def _line(axis: Axes, frame: pd.DataFrame, column: str, heading: str, unit: str) -> None:
+    spread = "sd" if frame.groupby("recipe")["seed"].nunique().max() > 1 else None
+    style = {"hue": "recipe", "style": "recipe", "errorbar": spread, "palette": "colorblind"}
+    sns.lineplot(frame, x="epoch", y=column, ax=axis, **style)
+    axis.set(title=heading, ylabel=unit)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.get_legend().remove()
+
+
+def _taus(histories: Histories, kind: str) -> set[float]:
+    """The tolerances in points that the recipes with multipliers or radii use."""
+    rates = ("alpha_nat",) if kind == "natural" else ("alpha_bdy", "alpha_margin")
+    configs = [seeds[0]["config"] for seeds in histories.values() if seeds]
+    used = [config for config in configs if any(config.get(rate) for rate in rates)]
+    return {round(100 * config["tau_nat" if kind == "natural" else "tau_bdy"], 6) for config in used}
+
+
+def _tolerances(axis: Axes, taus: set[float]) -> None:
+    for tau in sorted(taus):
+        axis.axhline(tau, color="black", linewidth=0.8, linestyle=":")
+        axis.annotate(
+            f"τ = {tau:g} %", (1, tau), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
+    axis.axhline(0, color="black", linewidth=0.5)
+
+
+def _bands(histories: Histories) -> str:
+    return "lines: means; " + figures.seeds([len(seeds) for seeds in histories.values() if seeds], "bands")

@@ -1,0 +1,118 @@
+"""Who pays for whom: attacked confusions before and after, groups of similar classes, fronts, constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from frlkit import KitError
+from frlkit.records import entry_of
+from frlkit.report import statistics, tables
+from frlkit.report.names import plain, title
+
+Seeds = Sequence[Mapping[str, Any]]  # of one recipe: a record or a history per seed
+
+
+def confusion(records: Seeds, eps_255: float = 8) -> pd.DataFrame:
+    """Where the attacked images of each class end, in per cent of the class, mean over seeds: true by predicted class.
+
+    Under the standard attack at `eps_255` (in 1/255), which leaves an image that is wrong clean where it is.
+    Raises `KitError` where a record has no such attack.
+    """
+    shares = []
+    for record in records:
+        counts = np.array(entry_of(record, eps_255)["confusion"], dtype=float)
+        shares.append(100 * counts / counts.sum(1, keepdims=True))
+    names = [plain(name) for name in records[0]["class_names"]]
+    more = [f"output {number}" for number in range(len(names), shares[0].shape[1])]  # outputs that no class has
+    return pd.DataFrame(np.mean(shares, axis=0), index=names, columns=[*names, *more])
+
+
+def who_pays(before: Seeds, after: Seeds, eps_255: float = 8) -> pd.DataFrame:
+    """Class by class, what changes from one method to another under attack, in points (mean over seeds).
+
+    A class is the *source* of its own errors and the *target* of others'. "own error": the change of its robust error;
+    "taken for it": of the images of other classes that end there, in per cent of one class (so both columns have the
+    same sum where all classes count alike). "now goes to" and "no longer to" name the class that the most more, and the
+    most fewer, of its images end in.
+    """
+    change = confusion(after, eps_255) - confusion(before, eps_255)
+    own = -pd.Series(np.diag(change), change.index)
+    others = change.mask(np.eye(*change.shape, dtype=bool))
+    taken = others.sum()[change.index]
+
+    def named(row: pd.Series, place: str, sign: str) -> str:
+        return f"{place} {row[place]:+.1f}" if (row[place] > 0) == (sign == "+") and row[place] else "–"
+
+    return pd.DataFrame(
+        {
+            "own error": own.round(1),
+            "taken for it": taken.round(1),
+            "now goes to": {name: named(row, row.idxmax(), "+") for name, row in others.iterrows()},
+            "no longer to": {name: named(row, row.idxmin(), "-") for name, row in others.iterrows()},
+        }
+    )
+
+
+def group_error(errors: pd.DataFrame, recipe: str, measure: str, group: Sequence[str]) -> pd.DataFrame:
+    """Mean error (%) of a group of classes, of its worst, and of all others, seed by seed, from `tables.tidy`.
+
+    Where one class of the group gains what another loses, the worst falls and the mean does not. Raises `KitError`
+    where a class is not there.
+    """
+    scores = tables.classwise(errors, recipe, measure)
+    if missing := [name for name in group if name not in scores.columns]:
+        raise KitError(f"class {missing[0]!r} is not there: use {', '.join(scores.columns)}")
+    inside = scores[list(group)]
+    others = scores.drop(columns=list(group)).mean(axis=1)
+    return pd.DataFrame({"mean of the group": inside.mean(axis=1), "its worst": inside.max(axis=1), "others": others})
+
+
+def pareto(scored: pd.DataFrame, average: str, worst: str) -> pd.DataFrame:
+    """Mean over seeds of two columns of `tables.scores`, one row a recipe, and whether it is on the Pareto front."""
+    means = scored[[average, worst]].groupby(level="recipe", sort=False).mean()
+    return means.assign(front=statistics.front(means.to_numpy()))
+
+
+def violations(history: Mapping[str, Any], tau_nat: float = 0.05, tau_bdy: float = 0.07) -> pd.DataFrame:
+    """Largest v(i) = R(f, i) - R(f) - tau over classes on the validation split, in points, epoch by epoch.
+
+    Columns natural, boundary and largest (of both); epoch 0 is the model that retraining starts from. All constraints
+    hold where "largest" is at most 0. Tolerances are fractions.
+    """
+    start = [history["start"]["validation"]] if "start" in history else []
+    rows = []
+    for errors in (*start, *(entry["validation"] for entry in history["epochs"])):
+        natural, robust = np.array(errors["natural"]), np.array(errors["robust"])
+        kinds = ((natural, tau_nat), (robust - natural, tau_bdy))
+        rows.append([100 * float(kind.max() - kind.mean() - tau) for kind, tau in kinds])
+    frame = pd.DataFrame(rows, columns=["natural", "boundary"], index=range(1 - len(start), len(rows) + 1 - len(start)))
+    return frame.assign(largest=frame.max(axis=1)).rename_axis("epoch")
+
+
+def last_violation(histories: Mapping[str, Seeds], recipe: str, **tau: float) -> pd.Series:
+    """The largest violation after the last epoch, in points, seed by seed; empty where there are no runs."""
+    found = {h["config"]["seed"]: violations(h, **tau)["largest"].iloc[-1] for h in histories.get(recipe, [])}
+    return pd.Series(found, name=title(recipe), dtype=float)
+
+
+def smallest_violations(histories: Mapping[str, Seeds], **tau: float) -> pd.DataFrame:
+    """Of every recipe, the smallest of its epochs' largest violations, mean ± sd over seeds, and where it was.
+
+    In points; "satisfied" counts the seeds in which some epoch had no violation at all.
+    """
+    rows = {}
+    for recipe, seeds in histories.items():
+        every = [violations(history, **tau) for history in seeds]
+        smallest = [frame["largest"].min() for frame in every]
+        rows[recipe] = {
+            "at the start": tables.plus_minus([frame["largest"].iloc[0] for frame in every]),
+            "smallest": tables.plus_minus(smallest),
+            "in epoch": ", ".join(str(frame["largest"].idxmin()) for frame in every),
+            "after the last": tables.plus_minus([frame["largest"].iloc[-1] for frame in every]),
+            "satisfied": f"{sum(value <= 0 for value in smallest)} of {len(every)}",
+        }
+    return pd.DataFrame(rows).T

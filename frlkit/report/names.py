@@ -1,0 +1,122 @@
+"""What recipes are called where people read, and which recipe is the control of which: the only place that knows both.
+
+A title stands for a recipe in figures, claims and notebooks. A title whose recipe no run has yet gives no error there
+but empty numbers, and a verdict of "not tested".
+"""
+
+from __future__ import annotations
+
+from frlkit.recipes import RECIPES
+
+#: Title -> recipe.
+METHODS: dict[str, str] = {
+    "Natural training": "natural",
+    "PGD-AT, half of each batch": "pgd_at_half",
+    "PGD-AT": "pgd_at",
+    "TRADES": "trades",
+    # the kit's retraining loop, and what differs from a method in one thing
+    "Control": "uniform",
+    "Reweight": "algorithm1_reweight",
+    "Remargin": "algorithm1_remargin",
+    "Reweight + Remargin": "algorithm1_both",
+    "Natural multipliers alone": "natural_only",
+    "Boundary multipliers alone": "boundary_only",
+    "Radii alone": "radii_only",
+    "Natural multipliers, one radius": "constant_radius",
+    "One radius for all": "constant_margin",
+    "Radii of hard classes shrunk": "shrunk_margin",
+    "Biases of PGD-AT moved": "intercept",
+    "Biases of the control moved": "intercept_uniform",
+    "DAFA": "dafa",
+    "Control, random start": "random_start_uniform",
+    "Reweight + Remargin, random start": "random_start_both",
+    "Control, TRADES start": "uniform,start=trades",
+    "Reweight + Remargin, TRADES start": "algorithm1_both,start=trades",
+    # Agarwal et al. on attacked images
+    "Baseline reweight": "baseline_reweight",
+    "Baseline control": "baseline_uniform",
+    # Algorithm 1 with the text's tolerances and no caps: as printed (average not subtracted), and under Eq. 17
+    "Reweight as printed": "printed_reweight",
+    "Remargin as printed": "printed_remargin",
+    "Both as printed": "printed_both",
+    "Both as printed, four inner epochs": "printed_both,inner_epochs=4",
+    "Reweight under Eq. 17": "eq17_reweight",
+    "Remargin under Eq. 17": "eq17_remargin",
+    "Both under Eq. 17": "eq17_both",
+    "Both under Eq. 17, four inner epochs": "eq17_both,inner_epochs=4",
+    # the authors' code
+    "Authors' control": "official_uniform",
+    "Authors' Reweight": "official_reweight",
+    "Authors' Remargin": "official_remargin",
+    "Authors' both": "official_both",
+    # the report's code
+    "Report's control": "report_uniform",
+    "Report's Reweight 1:1": "report_reweight,alpha_nat=1,alpha_bdy=1",
+    "Report's Reweight 1:5": "report_reweight,alpha_nat=1,alpha_bdy=5",
+    "Report's Reweight 5:1": "report_reweight,alpha_nat=5,alpha_bdy=1",
+    "Report's Remargin": "report_remargin",
+    "Report's Remargin control": "report_remargin,alpha_nat=0,alpha_margin=0",
+}
+
+TITLES: dict[str, str] = {recipe: name for name, recipe in METHODS.items()}
+
+#: Title -> the title of its control: the same loop, start and length without what the method adds.
+CONTROLS: dict[str, str] = {
+    "Reweight": "Control",
+    "Remargin": "Natural multipliers alone",
+    "Reweight + Remargin": "Control",
+    "Natural multipliers alone": "Control",
+    "Boundary multipliers alone": "Control",
+    "Radii alone": "Control",
+    "Natural multipliers, one radius": "Natural multipliers alone",
+    "One radius for all": "Control",
+    "Radii of hard classes shrunk": "Natural multipliers alone",
+    "Biases of PGD-AT moved": "PGD-AT",
+    "Biases of the control moved": "Control",
+    "DAFA": "Control",
+    "Reweight + Remargin, random start": "Control, random start",
+    "Reweight + Remargin, TRADES start": "Control, TRADES start",
+    "Baseline reweight": "Baseline control",
+    "Authors' Reweight": "Authors' control",
+    "Authors' Remargin": "Authors' control",
+    "Authors' both": "Authors' control",
+    "Report's Reweight 1:1": "Report's control",
+    "Report's Reweight 1:5": "Report's control",
+    "Report's Reweight 5:1": "Report's control",
+    "Report's Remargin": "Report's Remargin control",
+}
+
+#: Classes of Fashion-MNIST that look alike and are mostly mistaken for one another.
+CONFUSABLE = ("T-shirt/top", "Pullover", "Coat", "Shirt")
+
+_FIELDS = {"alpha_nat": "α natural", "alpha_bdy": "α boundary", "alpha_margin": "α radius", "eps_255": "ε·255"}
+_FIELDS |= {"tau_nat": "τ natural", "tau_bdy": "τ boundary"}
+
+
+def title(recipe: str) -> str:
+    """What a recipe is called: its title, or that of what it varies with the fields that differ, in words."""
+    if recipe in TITLES:
+        return TITLES[recipe]
+    base, *fields = recipe.split(",")
+    known = RECIPES[base].title if base in RECIPES else base.replace("_", " ")
+    pairs = [field.partition("=") for field in fields]
+    return ", ".join([TITLES.get(base, known), *(f"{_FIELDS.get(k, k.replace('_', ' '))} {v}" for k, _, v in pairs)])
+
+
+def plain(name: str) -> str:
+    """A class's or method's name on one line, whatever its folder was called."""
+    return " ".join(str(name).split())
+
+
+def recipe(name: str) -> str:
+    """The recipe of a title; anything else is taken for a recipe itself."""
+    return METHODS.get(name, name)
+
+
+DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN", "gtsrb": "GTSRB"}
+DATASETS |= {"gtsrb17": "GTSRB (17 classes)"}
+
+
+def dataset(name: str) -> str:
+    """A data set's name in prose."""
+    return DATASETS.get(name, name)

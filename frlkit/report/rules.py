@@ -1,0 +1,158 @@
+"""One rule for each kind of claim: from numbers seed by seed to the p-values that support and contradict it.
+
+Fewer than `FEWEST_SEEDS` seeds test nothing. Changes are differences of two methods under the same seed (`minus`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from frlkit.report import names, statistics, tables
+
+FEWEST_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One test: what was measured, the p-value with which it supports the claim and that with which it contradicts it.
+
+    Without enough seeds (`tested` is False) it says why, and there are no p-values.
+    """
+
+    says: str
+    supports: float = 1.0
+    contradicts: float = 1.0
+    tested: bool = True
+
+    @property
+    def p(self) -> float:
+        return min(self.supports, self.contradicts)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A claim by its key, and the comparisons that decide it: each of them has to support it."""
+
+    key: str
+    comparisons: tuple[Comparison, ...]
+
+
+def minus(scored: pd.DataFrame, title: str, reference: str, column: str) -> pd.Series:
+    """A method minus another, seed by seed, of one column of `tables.scores`; empty where either has no runs."""
+    both = [names.recipe(name) for name in (title, reference)]
+    known = set(scored.index.get_level_values(0))
+    parts = [scored.loc[recipe][column] if recipe in known else pd.Series(dtype=float) for recipe in both]
+    return (parts[0] - parts[1]).dropna().rename(f"{title} − {reference}")
+
+
+def lower(key: str, *changes: pd.Series, unit: str = "points") -> Question:
+    """The claim that these changes are negative, each a difference seed by seed: paired t test, two-sided 95 %."""
+    return Question(key, tuple(_two_sided(change, "less", unit) for change in changes))
+
+
+def higher(key: str, *changes: pd.Series, unit: str = "points") -> Question:
+    """The claim that these changes are positive: as `lower`."""
+    return Question(key, tuple(_two_sided(change, "greater", unit) for change in changes))
+
+
+def at_most(key: str, *values: pd.Series, limit: float, unit: str = "points") -> Question:
+    """The claim that the means are below `limit`: one-sided 95 %. A change that is merely not there does not do."""
+    return Question(key, tuple(_one_sided(value, limit, "less", unit) for value in values))
+
+
+def at_least(key: str, *values: pd.Series, limit: float, unit: str = "points") -> Question:
+    """The claim that the means are above `limit`; "cannot lower it by m" is ``at_least(..., limit=-m)``."""
+    return Question(key, tuple(_one_sided(value, limit, "greater", unit) for value in values))
+
+
+def no_effect(key: str, *changes: pd.Series, margin: float, unit: str = "points") -> Question:
+    """The claim that the means lie within ± `margin`: two one-sided tests (TOST), both at 95 %."""
+    return Question(key, tuple(_equivalent(change, margin, unit) for change in changes))
+
+
+def correlated(key: str, difficulty: pd.DataFrame, targets: Mapping[str, pd.DataFrame]) -> Question:
+    """The claim that rank correlations over classes are positive, whichever class is left out.
+
+    `difficulty` and each target have a row a seed and a column a class. In each seed, Spearman's rho with all classes
+    and with every class left out in turn. Twice the median over seeds of one-sided p-values is a valid p-value whatever
+    their dependence, and the largest over the classes left out counts.
+    """
+    return Question(key, tuple(_rank(difficulty, target, label) for label, target in targets.items()))
+
+
+def every(question: Question) -> Question:
+    """The same claim as one comparison: it holds where all its parts do, so the weakest part's p-value supports it.
+
+    For claims of many parts (intersection-union test); the smallest, times their number, contradicts it.
+    """
+    parts = question.comparisons
+    supports = max(part.supports for part in parts)
+    contradicts = min(1.0, len(parts) * min(part.contradicts for part in parts))
+    tested = all(part.tested for part in parts)
+    return Question(question.key, (Comparison("; ".join(p.says for p in parts), supports, contradicts, tested),))
+
+
+def _two_sided(change: pd.Series, side: str, unit: str) -> Comparison:
+    if missing := _too_few(change, unit):
+        return missing
+    low, high = statistics.mean_interval(change)
+    p = {way: min(1.0, 2 * statistics.p_beyond(change, 0, way)) for way in ("less", "greater")}
+    says = f"{_said(change, unit)} [{low:.1f}, {high:.1f}]"
+    return Comparison(says, p[side], p["greater" if side == "less" else "less"])
+
+
+def _one_sided(value: pd.Series, limit: float, side: str, unit: str) -> Comparison:
+    if missing := _too_few(value, unit):
+        return missing
+    other = "greater" if side == "less" else "less"
+    bound = statistics.mean_interval(value, 0.9)[side == "less"]
+    words = "at most" if side == "less" else "at least"
+    says = f"{_said(value, unit)}, {words} {bound:.1f}, limit {limit:g}"
+    return Comparison(says, statistics.p_beyond(value, limit, side), statistics.p_beyond(value, limit, other))
+
+
+def _equivalent(change: pd.Series, margin: float, unit: str) -> Comparison:
+    if missing := _too_few(change, unit):
+        return missing
+    inside = (statistics.p_beyond(change, margin, "less"), statistics.p_beyond(change, -margin, "greater"))
+    outside = (statistics.p_beyond(change, margin, "greater"), statistics.p_beyond(change, -margin, "less"))
+    low, high = statistics.mean_interval(change, 0.9)
+    says = f"{_said(change, unit)} [{low:.1f}, {high:.1f}], margin ± {margin:g}"
+    return Comparison(says, max(inside), min(1.0, 2 * min(outside)))
+
+
+def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Comparison:
+    seeds = difficulty.index.intersection(target.index)
+    if len(seeds) < FEWEST_SEEDS:
+        return Comparison(f"{label}: {_seeds(len(seeds))}", tested=False)
+    x, y = difficulty.loc[seeds], target.loc[seeds, difficulty.columns]
+    rho, p = statistics.rank_correlations(x.to_numpy(), y.to_numpy())
+    if np.isnan(rho).any():
+        return Comparison(f"{label}: no rank correlation of {rho.shape[1] - 1} classes", tested=False)
+    one_sided = {"up": np.where(rho > 0, p / 2, 1 - p / 2), "down": np.where(rho < 0, p / 2, 1 - p / 2)}
+    worst = {way: min(1.0, 2 * float(np.median(found, axis=0).max())) for way, found in one_sided.items()}
+    medians = np.median(rho, axis=0)
+    left = 1 + int(medians[1:].argmin())
+    says = f"{label}: rho {medians[0]:.2f}, without {names.plain(x.columns[left - 1])} {medians[left]:.2f}"
+    return Comparison(f"{says} (medians of {_seeds(len(seeds), enough=True)})", worst["up"], worst["down"])
+
+
+def _too_few(values: pd.Series, unit: str) -> Comparison | None:
+    if len(values) >= FEWEST_SEEDS:
+        return None
+    found = f"{_said(values, unit)}, " if len(values) else f"{values.name}: "
+    return Comparison(found + _seeds(len(values)), tested=False)
+
+
+def _seeds(count: int, *, enough: bool = False) -> str:
+    if not count:
+        return "no runs"
+    return f"{count} seed{'s' if count > 1 else ''}" + ("" if enough else f", {FEWEST_SEEDS} needed")
+
+
+def _said(values: pd.Series, unit: str) -> str:
+    return f"{values.name}: {tables.plus_minus(values)} {unit}"

@@ -1,0 +1,70 @@
+"""The runs that a notebook's study needs: some trained where they are missing, others read where they are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from frlkit import KitError, records, runs
+from frlkit.data import Dataset
+from frlkit.recipes import BASE, RECIPES, configure, described
+from frlkit.report import names
+from frlkit.runs import Records
+
+
+def values(recipe: str, epochs: int, frl_epochs: int, batch_size: int) -> dict[str, Any]:
+    """A run's fields from a notebook's parameters; with `frl_epochs` = 0, a retraining has its recipe's own length."""
+    base = recipe.split(",")[0]
+    if base in BASE:
+        return {"epochs": epochs, "batch_size": batch_size}
+    retrained = RECIPES[base].values.get("start") == "uniform" if base in RECIPES else False
+    given = {"epochs": frl_epochs} if frl_epochs else {}
+    start = (frl_epochs or RECIPES["uniform"].values["epochs"]) if retrained else epochs
+    return {**given, "start_epochs": start, "batch_size": batch_size}
+
+
+def study(
+    titles: Iterable[str], seeds: Sequence[int], dataset: str, folder: Path, tensors: Dataset | None, **lengths: int
+) -> tuple[Records, Records]:
+    """Records and histories, recipe -> one per seed, of these titles (`names.METHODS`) or recipes.
+
+    Missing runs are trained; where there are no data (`tensors` is None), those that are finished are all there is.
+    `lengths` are the parameters of `values`.
+    """
+    if tensors is None:
+        return finished(titles, seeds, dataset, folder, **lengths)
+    found: Records = {}
+    histories: Records = {}
+    for recipe in map(names.recipe, titles):
+        kept, told = runs.study([recipe], seeds, dataset, folder, tensors, **values(recipe, **lengths))
+        found, histories = {**found, **kept}, {**histories, **told}
+    return found, histories
+
+
+def finished(
+    titles: Iterable[str], seeds: Sequence[int], dataset: str, folder: Path, **lengths: int
+) -> tuple[Records, Records]:
+    """As `study`, of the runs that are finished with exactly this configuration, in however many of the seeds.
+
+    A title without such a run, or without a recipe, is left out: claims about it are not tested.
+    """
+    found: Records = {}
+    histories: Records = {}
+    for recipe in map(names.recipe, titles):
+        for seed in seeds:
+            try:
+                config = configure(recipe, dataset, seed, **values(recipe, **lengths))
+                place = runs.folder(folder, recipe, config)
+                record, history = records.read(place / "record.json"), records.read_history(place / "history.json")
+            except KitError:
+                continue
+            if record.get("config") == history.get("config") == described(config):
+                found.setdefault(recipe, []).append(record)
+                histories.setdefault(recipe, []).append(history)
+    return found, histories
+
+
+def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengths: int) -> float:
+    """Attack the first seed's weights again, here and now: the largest class-wise difference from the record."""
+    return runs.recheck(found, recipe, folder, tensors, **values(recipe, **lengths))
