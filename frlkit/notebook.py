@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError, WrapValidator
 from pydantic.fields import FieldInfo
 
-from frlkit import PROJECT, KitError, __version__, checkpoint, data, training, values
+from frlkit import PROJECT, KitError, __version__, checkpoint, data, values
+from frlkit.recipes import BASE
 
 
 class ParameterError(KitError):
@@ -56,7 +57,7 @@ Strength = Annotated[float, Field(ge=0, le=1000), WrapValidator(lambda value, ch
 PARAMETERS: dict[str, Any] = {
     "DATASET": Annotated[str, PlainValidator(_data_set)],
     "RECIPES": Annotated[
-        list[Literal[tuple(training.RECIPES)]],  # type: ignore[misc]
+        list[Literal[tuple(BASE)]],  # type: ignore[misc]
         AfterValidator(_distinct),
         AfterValidator(_natural_first),
     ],

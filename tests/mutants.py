@@ -165,17 +165,17 @@ MUTANTS = [
     Mutant("not flushed to disk", "checkpoint.py", "os.fsync(file.fileno())", "pass", CHECKPOINT),
     Mutant("digest ignored", "checkpoint.py", "digest(state) == found", "True", CHECKPOINT),
     Mutant("strangers' code is run", "checkpoint.py", "weights_only=True)\n", "weights_only=False)\n", CHECKPOINT),
-    Mutant("no lock", "checkpoint.py", "lock.acquire(timeout=0)", "pass", CHECKPOINT),
+    Mutant("no lock", "disk.py", "if lock(descriptor) and os", "if os", CHECKPOINT),
     Mutant("other configurations pass", "checkpoint.py", "found.get(name) != wanted.get(name)", "False", CHECKPOINT),
     Mutant("a damaged copy counts", "checkpoint.py", "draft.read_bytes() != file.read_bytes()", "False", CHECKPOINT),
-    Mutant("litter stays", "checkpoint.py", "for file in _litter(folder):", "for file in ():", CHECKPOINT),
+    Mutant("litter stays", "disk.py", "for file in _litter(folder, name):", "for file in ():", CHECKPOINT),
     Mutant("any file is a run's checkpoint", "checkpoint.py", 'if "epoch" not in state:', "if False:", CHECKPOINT),
     Mutant("images up to 255/256", "data.py", ".float().div_(255)", ".float().div_(256)", "test_data.py"),
     Mutant(
         "training on validation images",
         *("data.py", "train.take(keep)", "train", "test_data.py"),
     ),
-    Mutant("True is a number", "notebook.py", "and not isinstance(value, bool)", "", "test_notebook.py"),
+    Mutant("True is a number", "values.py", "ConfigDict(strict=True,", "ConfigDict(strict=False,", "test_values.py"),
 ]
 
 

@@ -101,7 +101,7 @@ class TestEvaluate:
         ("words", "said"),
         [
             (["--model", "resnet50"], "model = 'resnet50' is unknown"),
-            (["--dataset", "mnist"], "dataset = 'mnist' is unknown"),
+            (["--dataset", "minst"], "dataset = 'minst' is unknown"),
             (["--loss", "dlr"], "loss = 'dlr' is unknown"),
             (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
             (["--eps", "-1"], "eps_255 = -1.0"),
@@ -219,7 +219,7 @@ class TestTrain:
             (["natural", "--batch-size", "0"], "batch_size = 0"),
             (["natural", "--seed", "-1"], "seed = -1"),
             (["natural", "--seed", "0", "--seed", "-2"], "seed = -2"),
-            (["natural", "--dataset", "mnist"], "dataset = 'mnist' is unknown"),
+            (["natural", "--dataset", "minst"], "dataset = 'minst' is unknown"),
             (["natural", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
             ([], "Missing argument 'RECIPE'. Use one of natural, pgd_at_half"),
         ],

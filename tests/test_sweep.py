@@ -60,7 +60,7 @@ class TestPlan:
         pairs = [("1", "0.5"), ("1", "5"), ("5", "0.5"), ("5", "5")]
         names_of = [f"report_reweight,alpha_nat={a},alpha_bdy={b}" for a, b in pairs]
         expected = [f"fashion_mnist/{recipe}/seed{seed}" for seed in (0, 2) for recipe in names_of]
-        starts = ["fashion_mnist/pgd_at/seed0", "fashion_mnist/pgd_at/seed2"]
+        starts = ["fashion_mnist/pgd_at_half/seed0", "fashion_mnist/pgd_at_half/seed2"]
         assert names(planned) == starts + expected
         run = planned[-1]
         assert run.config == recipes.configure(run.recipe, "fashion_mnist", 2)
@@ -132,7 +132,7 @@ class TestPlan:
             ("grid: [{recipe: natural, seed: []}]", "seed = [] is not allowed in a grid"),
             ("grid: [{recipe: natural, seed: one}]", "seed = 'one' is not allowed: use a whole number from 0 to"),
             ("grid: [{recipe: natural, seed: -1}]", "seed = -1 is not allowed"),
-            ("grid: [{recipe: natural, dataset: mnist}]", "dataset = 'mnist' is unknown"),
+            ("grid: [{recipe: natural, dataset: minst}]", "dataset = 'minst' is unknown"),
             ("grid: [{recipe: natural, model: vgg}]", "model = 'vgg' is unknown"),
             (
                 "grid: [{recipe: uniform, tau_nat: [0.1, many]}]",

@@ -110,7 +110,7 @@ class TestConfig:
         ("field", "value"),
         [
             *(("method", value) for value in ("Natural", "pgd", "", None, 1)),
-            *(("dataset", value) for value in ("mnist", None)),
+            *(("dataset", value) for value in ("minst", None)),
             *(("model", value) for value in ("resnet", 5)),
             *(("optimizer", value) for value in ("Adam", "rmsprop")),
             *(("seed", value) for value in (-1, 1.0, "0", True, None, 2**31 + 1)),
