@@ -125,7 +125,7 @@ def versions() -> dict[str, str]:
     return {
         "frlkit": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own kind of text is more than plain data to a checkpoint
         "torchvision": torchvision.__version__,
     }
 
