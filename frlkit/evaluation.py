@@ -137,7 +137,7 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     Raises `KitError` where a class has no image or the network has too few outputs for the labels.
     """
     labels, clean, attacked = _predictions(model, split, attack)
-    return tally(labels, clean, np.where(clean == labels, attacked, clean))
+    return tally(labels, clean, np.where(clean == labels, attacked, clean), split.classes)
 
 
 @_in_float32
@@ -170,9 +170,12 @@ def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     return sums / sums.sum(1, keepdim=True)
 
 
-def tally(labels: np.ndarray, clean: np.ndarray, attacked: np.ndarray) -> ClassErrors:
-    """Class-wise errors from true labels and the predictions clean and under attack, all (N,) whole numbers."""
-    classes = int(labels.max()) + 1
+def tally(labels: np.ndarray, clean: np.ndarray, attacked: np.ndarray, classes: int | None = None) -> ClassErrors:
+    """Class-wise errors from true labels and the predictions clean and under attack, all (N,) whole numbers.
+
+    Raises `KitError` where one of so many classes has no image; without their number, up to the largest label.
+    """
+    classes = classes or int(labels.max()) + 1
     counts = np.bincount(labels, minlength=classes)
     if (counts == 0).any():
         raise KitError(f"class {int(counts.argmin())} has no image in this split: its error is undefined")

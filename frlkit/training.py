@@ -209,7 +209,7 @@ def _drawn(run: Progress, part: int) -> Split:
     split, wanted = run.data.validation, run.config.update_images
     generator = stream(run.config.seed, run.epoch, ESTIMATE, part)
     index = torch.randperm(len(split), generator=generator)[:wanted].to(split.labels.device)
-    drawn = Split(split.images[index], split.labels[index])
+    drawn = split.take(index)
     if missed := set(range(len(run.data.class_names))) - set(drawn.labels.tolist()):
         raise KitError(
             f"update_images = {wanted} is not allowed here: a draw of so many misses class {min(missed)}; "

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from frlkit import PROJECT, KitError, checkpoint, disk
+from frlkit import PROJECT, KitError, checkpoint, disk, records
 
 CONFIG = {"method": "natural", "lr": 0.001, "seed": 0}
 
@@ -106,6 +106,10 @@ class TestRoundTrip:
         assert checkpoint.read(path)["epoch"] == 3
         assert checkpoint.read(checkpoint.previous(path))["epoch"] == 2
         assert sorted(os.listdir(path.parent)) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+    def test_what_made_a_run_is_plain_data(self, path: Path) -> None:
+        checkpoint.save(path, {"made_by": [{"versions": records.versions()}]})
+        assert checkpoint.read(path) == {"made_by": [{"versions": records.versions()}]}
 
     def test_the_saved_state_is_not_changed(self, path: Path) -> None:
         saved = state()

@@ -69,7 +69,7 @@ def subset(split: Split, images: int, classes: int) -> Split:
         raise KitError(f"{images} images is not allowed: use {classes} to {classes * most}")
     parts = [(split.labels == label).nonzero()[:each, 0] for label in range(classes)]
     index = torch.cat(parts)
-    return Split(split.images[index], split.labels[index])
+    return split.take(index)
 
 
 def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[str, Any]:

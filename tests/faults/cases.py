@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,61 +20,57 @@ from typing import Any
 import pytest
 import torch
 from faulty import (
-    EPOCHS,
-    REFUSED,
+    STEPS,
     Fault,
     Stage,
     assert_one_sentence,
     assert_same,
-    epochs_of,
-    line_of,
     lost,
+    steps_of,
+    temporary,
 )
 from jupyter_client.manager import start_new_kernel
 
 from frlkit import checkpoint
 
 NOBODY = 65534
-SWAP = "os.replace(temporary, path)"
-MOMENTS = {  # in `checkpoint.write_atomically`, in their order
-    "before": "descriptor, temporary = tempfile.mkstemp(",
-    "empty": "file.write(content)",
-    "unsynced": "os.fsync(file.fileno())",
-    "synced": "os.chmod(temporary, 0o644)",
-    "half renamed": SWAP,  # the old file has its new name already
-    "renamed": "_copy_to_mirror(path)",
-}
-FILES = ("checkpoint", "second checkpoint", "third checkpoint", "history", "weights", "record", "whole record")
-WRITES = {  # each file a run writes, in order; algorithm1_both trains the run it starts from first
-    "pgd_at": FILES,
-    "algorithm1_both": (*(f"start's {name}" for name in FILES if " checkpoint" not in name), *FILES),
-}
 Case = Callable[[Stage, str, Path], int]
 
 
-def stop(stage: Stage, recipe: str, runs: Path, *, kind: str, text: str, write: str) -> int:
-    return stage.survive(recipe, runs, Fault(kind, line_of("checkpoint.py", text), WRITES[recipe].index(write)))
+def call_of(stage: Stage, name: str, call: str, file: str, occurrence: int) -> int:
+    """The number of the call about a file of this name, such as the second rename to checkpoint.pt; -1 is the last."""
+    if stage.shim is None:
+        pytest.skip("needs a C compiler, on Linux")
+    stage.straight(name)
+    pattern = re.compile(rf"{call} (.*/)?{re.escape(file)}(\.[0-9a-f]{{8}}\.tmp)?")
+    return [number for number, event in enumerate(stage.events[name]) if pattern.fullmatch(event)][occurrence]
 
 
-def after_the_second_checkpoint(recipe: str, kind: str = "SIGKILL") -> Fault:
-    return Fault(kind, line_of("checkpoint.py", MOMENTS["renamed"]), WRITES[recipe].index("second checkpoint"))
+def after_the_second_checkpoint(stage: Stage, name: str, kind: str = "SIGKILL") -> Fault:
+    """The call after the rename; a retraining run's start has one checkpoint, its own come after it."""
+    second = 2 if name == "algorithm1_both" else 1
+    return Fault(kind, f"file:{call_of(stage, name, 'rename', 'checkpoint.pt', second) + 1}")
 
 
-def in_the_middle(recipe: str, kind: str = "SIGKILL") -> Fault:
+def in_the_middle(name: str, kind: str = "SIGKILL") -> Fault:
     """In the last epoch, when the weights (and multipliers) have changed since the checkpoint: before the last step."""
-    batches = 2 * EPOCHS[recipe]
-    return Fault(kind, line_of("training.py", "optimizer.step()"), batches - 1)
+    return Fault(kind, f"step:{STEPS[name] - 1}")
 
 
-def stopped(stage: Stage, recipe: str, runs: Path, fault: Fault | None = None) -> Path:
-    """A run that was killed, by default directly after the second checkpoint; returns the checkpoint."""
-    outcome = stage.start(recipe, runs, fault or after_the_second_checkpoint(recipe))
+def folder_of(name: str, runs: Path) -> Path:
+    (place,) = (path for path in runs.glob(f"digits/{name}*/seed0") if path.is_dir())
+    return place
+
+
+def stopped(stage: Stage, name: str, runs: Path) -> Path:
+    """A run that was killed directly after the second checkpoint; returns the checkpoint."""
+    outcome = stage.start(name, runs, after_the_second_checkpoint(stage, name))
     assert outcome.code == -signal.SIGKILL, outcome.said
-    return runs / "digits" / recipe / "seed0" / "checkpoint.pt"
+    return folder_of(name, runs) / "checkpoint.pt"
 
 
 class Stranger:
-    """Unpickled without care, this creates a file."""
+    """Unpickled without care, this creates a folder."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -99,88 +96,81 @@ def spoil(path: Path, how: str) -> None:
         torch.save({"model": Stranger(str(path.with_name("ran")))}, path)
     elif how == "somebody's tensors":
         torch.save({"model": {"w": torch.ones(3)}}, path)
-    else:  # what the kit wrote, for another purpose
+    else:
         state = checkpoint.read(path)
-        checkpoint.save(path, {"config": state["config"], "num_classes": 10, "model": state["model"]})
+        if how == "a weights file":  # what the kit wrote, for another purpose
+            state = {"config": state["config"], "num_classes": 10, "model": state["model"]}
+        else:  # "NaN weights", whole and of the right make
+            state["model"]["fc1.bias"][3] = torch.nan
+        checkpoint.save(path, state)
 
 
-def damaged(stage: Stage, recipe: str, runs: Path, *, how: str, both: bool = False) -> int:
-    path = stopped(stage, recipe, runs)
+def damaged(stage: Stage, name: str, runs: Path, *, how: str, both: bool = False) -> int:
+    path = stopped(stage, name, runs)
     for file in (path, checkpoint.previous(path)) if both else (path,):
         spoil(file, how)
-    outcome = stage.start(recipe, runs)
+    outcome = stage.start(name, runs)
     assert outcome.code == 0, outcome.said
     assert "going on from the generation before it" in outcome.said
     assert not path.with_name("ran").exists()
-    assert_same(stage.straight(recipe), runs, but=r".*\.damaged")
-    return lost(recipe, runs)
+    assert_same(stage.straight(name), runs, but=r".*\.damaged")
+    return lost(name, runs)
 
 
-def other_configuration(stage: Stage, recipe: str, runs: Path) -> int:
+def other_configuration(stage: Stage, name: str, runs: Path) -> int:
     """It is refused, nothing is touched, and the right configuration goes on."""
-    path = stopped(stage, recipe, runs)
+    path = stopped(stage, name, runs)
     before = {file: file.read_bytes() for file in path.parent.iterdir() if file.suffix == ".pt"}
-    outcome = stage.start(recipe, runs, values={"lr": 0.002})
-    assert outcome.code == REFUSED, outcome.said
-    assert_one_sentence(outcome)
-    assert "lr is 0.001 there and 0.002 here" in outcome.said
+    outcome = stage.start(name, runs, words=("--epochs", "4"))
+    assert outcome.code == 1, outcome.said
+    assert_one_sentence(outcome.said)
+    assert "epochs is 3 there and 4 here" in outcome.said
     assert before == {file: file.read_bytes() for file in path.parent.iterdir() if file.suffix == ".pt"}
-    return stage.finish(recipe, runs)
-
-
-def no_room(stage: Stage, recipe: str, runs: Path, *, kind: str, write: str = "second checkpoint") -> int:
-    """The disk is full from a write on; after the refusal there is room again."""
-    return stop(stage, recipe, runs, kind=kind, text=MOMENTS["before"], write=write)
+    return stage.finish(name, runs)
 
 
 @contextmanager
-def small_disk(size: str) -> Iterator[Path]:
-    """A disk of its own; skips where mounting is not permitted."""
-    place = Path(tempfile.mkdtemp())
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
+def small_disk(options: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A disk of its own, and what changes its size; skips where mounting is not permitted."""
+    place = temporary()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         place.rmdir()
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        yield place
+        yield place, lambda size: void(subprocess.run(["mount", "-o", f"remount,{size}", place], check=True))
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)
         place.rmdir()
 
 
-def full_disk(stage: Stage, recipe: str, runs: Path) -> int:
-    """A real one."""
-    with small_disk("16m") as disk:
-        place = line_of("checkpoint.py", MOMENTS["before"])
-        fault = Fault("fill", place, WRITES[recipe].index("second checkpoint"))
-        outcome = stage.start(recipe, disk / runs.name, fault, fill=str(disk))
-        assert outcome.code == REFUSED, outcome.said
-        assert_one_sentence(outcome)
-        assert os.strerror(errno.ENOSPC) in outcome.said
-        (disk / "ballast").unlink()
-        return stage.finish(recipe, disk / runs.name)
+def void(_: Any) -> None:
+    return
+
+
+def full_disk(stage: Stage, name: str, runs: Path, *, options: str) -> int:
+    """A real one, of so many bytes or files: refused in one sentence, or enough; then there is room."""
+    with small_disk(options) as (disk, resize):
+        outcome = stage.start(name, disk / runs.name)
+        assert not re.search(r"Traceback|Errno|os error", outcome.said), outcome.said
+        if outcome.code != 0:
+            assert outcome.code == 1, outcome.said
+            assert_one_sentence(outcome.said)
+            assert os.strerror(errno.ENOSPC) in outcome.said
+        resize("size=64m,nr_inodes=1000")
+        return stage.finish(name, disk / runs.name)
 
 
 KERNEL = """
-import time
-from frlkit import training
-from faulty import prepare
-everything, straight, batches = prepare({root!r}, {recipe!r}, {runs!r}, {log!r}), losses.loss, []
-
-def loss(*rest):
-    batches.append(None)
-    if len(batches) == {batch}:
-        print("in the middle", flush=True)
-        time.sleep(60)
-    return straight(*rest)
-
-losses.loss = loss
+from faulty import Fault, carry_out, prepare, signal
+prepare({root!r}, {steps!r}, Fault("sleep", {moment!r}), {{}})
 """
+CELL = "carry_out({name!r}, {root!r}, {runs!r})"
 
 
-def interrupted_kernel(stage: Stage, recipe: str, runs: Path) -> int:
+def interrupted_kernel(stage: Stage, name: str, runs: Path) -> int:
     """The stop button of a notebook in the last epoch, then the same cell again in the same kernel."""
-    stage.straight(recipe)
+    stage.straight(name)
     manager, client = start_new_kernel(kernel_name="python3", stderr=subprocess.DEVNULL)
 
     def execute(code: str) -> dict[str, Any]:
@@ -188,123 +178,147 @@ def interrupted_kernel(stage: Stage, recipe: str, runs: Path) -> int:
             if "in the middle" in message["content"].get("text", ""):
                 manager.interrupt_kernel()
 
-        return client.execute_interactive(code, output_hook=shown, timeout=60)["content"]
+        return client.execute_interactive(code, output_hook=shown, user_expressions={"code": "code"}, timeout=60)
+
+    def code_of(reply: dict[str, Any]) -> str:
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return reply["content"]["user_expressions"]["code"]["data"]["text/plain"]
 
     try:
         runs.parent.mkdir(parents=True, exist_ok=True)
-        names = {"root": str(stage.root), "recipe": recipe, "runs": str(runs), "log": str(epochs_of(runs))}
-        assert execute(KERNEL.format(**names, batch=2 * EPOCHS[recipe]))["status"] == "ok"
-        stopped = execute("runs.run(*everything)")
-        assert stopped.get("ename") == "KeyboardInterrupt", stopped
-        again = execute("runs.run(*everything)")
-        assert again["status"] == "ok", again
+        moment = in_the_middle(name).moment
+        execute(KERNEL.format(root=str(stage.root), steps=str(steps_of(runs)), moment=moment))
+        cell = "code = " + CELL.format(name=name, root=str(stage.root), runs=str(runs))
+        assert code_of(execute(cell)) in ("130", "1")
+        assert code_of(execute(cell)) == "0"
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    assert_same(stage.straight(recipe), runs)
-    return lost(recipe, runs)
+    assert_same(stage.straight(name), runs)
+    return lost(name, runs)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.02)
 
 
-def two_at_once(stage: Stage, recipe: str, runs: Path, *, kill: bool = False) -> int:
+def two_at_once(stage: Stage, name: str, runs: Path, *, kill: bool = False) -> int:
     """The second waits while the first is in the middle of an epoch; then the first finishes, or dies."""
     paused = runs.with_name(f"{runs.name}.paused")
-    first = stage.launch(recipe, runs, in_the_middle(recipe, "pause"), paused=str(paused))
+    first = stage.launch(name, runs, in_the_middle(name, "pause"), paused=str(paused))
     wait_for(paused.exists)
-    second = stage.launch(recipe, runs)
-    wait_for(lambda: second.output.exists() and "another process works on" in second.output.read_text())
-    begun = epochs_of(runs).read_text()
+    second = stage.launch(name, runs)
+    wait_for(lambda: second.output.exists() and "another process works on" in second.output.read_text(encoding="utf-8"))
+    before = steps_of(runs).read_text(encoding="utf-8")
     time.sleep(0.3)
-    assert epochs_of(runs).read_text() == begun, "the second did not wait"
+    assert steps_of(runs).read_text(encoding="utf-8") == before, "the second did not wait"
     os.kill(first.pid, signal.SIGKILL if kill else signal.SIGUSR1)
     assert stage.wait(first).code == (-signal.SIGKILL if kill else 0)
     outcome = stage.wait(second)
     assert outcome.code == 0, outcome.said
-    assert_same(stage.straight(recipe), runs)
-    return lost(recipe, runs)
+    assert_same(stage.straight(name), runs)
+    return lost(name, runs)
 
 
-def read_only(stage: Stage, recipe: str, runs: Path) -> int:
+def read_only(stage: Stage, name: str, runs: Path) -> int:
     """Refused while the folder cannot be written; for root, whom no permission binds, as another user."""
-    stopped(stage, recipe, runs)
-    with tempfile.TemporaryDirectory() as visible:
-        os.chmod(visible, 0o755)
-        user = {"user": NOBODY} if os.geteuid() == 0 else {}
-        place = Path(visible) / "runs"
-        shutil.copytree(runs, place)
-        (Path(visible) / "runs.epochs").write_text(epochs_of(runs).read_text())
-        folder = place / "digits" / recipe / "seed0"
-        folder.chmod(0o555)
-        before = sorted(os.listdir(folder))
-        outcome = stage.start(recipe, place, **user)
-        assert outcome.code == REFUSED, outcome.said
-        assert_one_sentence(outcome)
-        assert "cannot be written (Permission denied)" in outcome.said
-        assert sorted(os.listdir(folder)) == before
-        folder.chmod(0o755)
-        return stage.finish(recipe, place)
+    stopped(stage, name, runs)
+    user = {"user": NOBODY} if os.geteuid() == 0 else {}
+    visible = temporary()
+    place = visible / "runs"
+    stage.root.chmod(0o755)
+    shutil.copytree(runs, place)
+    shutil.copyfile(steps_of(runs), steps_of(place))
+    steps_of(place).chmod(0o666)
+    folder = folder_of(name, place)
+    folder.chmod(0o555)
+    before = sorted(os.listdir(folder))
+    outcome = stage.start(name, place, **user)
+    assert outcome.code == 1, outcome.said
+    assert_one_sentence(outcome.said)
+    assert "cannot be written (Permission denied)" in outcome.said
+    assert sorted(os.listdir(folder)) == before
+    folder.chmod(0o755)
+    epochs = stage.finish(name, place)
+    shutil.rmtree(visible)
+    return epochs
 
 
-def drive(stage: Stage, recipe: str, runs: Path, *, trouble: str) -> int:
+def drive(stage: Stage, name: str, runs: Path, *, trouble: str) -> int:
     """A session with Google Drive is killed and its disk gone; the next one has what reached Drive."""
     remote = runs.with_name(f"{runs.name}.remote")
     afterwards = trouble in ("vanishes", "truncated", "empty")  # what the cloud does to a copy that read back well
     if afterwards:
-        finishing = 'checkpoint.write_json(folder / "history.json"'
-        occurrence = sum("history" in name for name in WRITES[recipe]) - 1
-        fault = Fault("SIGKILL", line_of("training.py", finishing), occurrence)
+        call_of(stage, name, "create", "history.json", -1)  # the moment is counted anew: copies call about files, too
+        survey = f"{remote}.survey"
+        probe = stage.start(name, runs.with_name("probe"), remote=f"{remote}.probe", trouble="", survey=survey)
+        assert probe.code == 0, probe.said
+        calls = Path(f"{survey}.files").read_text(encoding="utf-8").splitlines()
+        number = [n for n, call in enumerate(calls) if re.match(r"create .*history\.json", call)][-1]
+        fault = Fault("SIGKILL", f"file:{number}")
     else:
-        fault = after_the_second_checkpoint(recipe) if trouble == "is gone" else in_the_middle(recipe)
-    outcome = stage.start(recipe, runs, fault, remote=str(remote), trouble=trouble)
+        fault = in_the_middle(name)
+    outcome = stage.start(name, runs, fault, remote=str(remote), trouble=trouble)
     assert outcome.code == -signal.SIGKILL, outcome.said
-    newest = remote / "digits" / recipe / "seed0" / "checkpoint.pt"
+    (newest,) = remote.glob(f"digits/{name}*/seed0/checkpoint.pt") if trouble != "is gone" else [remote]
     if trouble == "vanishes":
         newest.unlink()
     elif afterwards:
         spoil(newest, trouble)
     shutil.rmtree(runs)
-    epochs = stage.finish(recipe, runs, remote=str(remote), trouble="")
-    assert_same(stage.straight(recipe), remote)
+    epochs = stage.finish(name, runs, remote=str(remote), trouble="")
+    assert_same(stage.straight(name), remote)
     return epochs
 
 
+def killed_driver(stage: Stage, name: str, runs: Path, *, kind: str, number: int) -> int:
+    """`frlkit sweep` on two processes, struck when its number-th run begins; then the same command again.
+
+    The digits are whole here, for the workers are not forked; equal to the sweep that nothing struck.
+    """
+    file = stage.root / "sweep.yaml"
+    file.write_text(SWEEP, encoding="utf-8")
+    straight = stage.root / "straight_sweep"
+    command = [sys.executable, "-m", "frlkit", "sweep", str(file), "--jobs", "2", "--device", "cpu", "--runs"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+    if not straight.exists():
+        done = subprocess.run([*command, straight], **quiet)
+        assert done.returncode == 0, done.stdout
+    with subprocess.Popen([*command, runs], **quiet) as driver:
+        wait_for(lambda: len(list(runs.glob("digits/*/seed0/*"))) >= number or driver.poll() is not None)
+        driver.send_signal(signal.Signals[kind])
+        said = driver.communicate(timeout=120)[0]
+    assert "Traceback" not in said, said
+    done = subprocess.run([*command, runs], **quiet, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert_same(straight, runs)
+    return 0
+
+
+SWEEP = "dataset: digits\nvalues: {epochs: 1, batch_size: 500}\ngrid: [{recipe: [natural, pgd_at, trades]}]\n"
 CASES: dict[str, Case] = {
     **{
-        f"{kind} in the middle of an epoch": lambda stage, recipe, runs, kind=kind: stage.survive(
-            recipe, runs, in_the_middle(recipe, kind)
+        f"{kind} in the middle of an epoch": lambda stage, name, runs, kind=kind: stage.survive(
+            name, runs, in_the_middle(name, kind)
         )
         for kind in ("SIGKILL", "SIGTERM", "SIGINT")
     },
+    "SIGINT in a notebook kernel": interrupted_kernel,
+    "file size limit": lambda stage, name, runs: stage.survive(name, runs, in_the_middle(name, "limit")),
     **{
-        f"SIGKILL, {write} {moment}": partial(stop, kind="SIGKILL", text=text, write=write)
-        for write in FILES
-        for moment, text in MOMENTS.items()
+        f"disk of {size} KB": partial(full_disk, options=f"size={size}k")
+        for size in (4, 16, 40, *range(100, 3600, 250))
     },
-    **{
-        f"SIGKILL, {write} half written": partial(stop, kind="torn", text=MOMENTS["before"], write=write)
-        for write in FILES
-    },
-    **{
-        f"SIGINT, second checkpoint {moment}": partial(stop, kind="SIGINT", text=text, write="second checkpoint")
-        for moment, text in MOMENTS.items()
-    },
-    **{f"disk full at {write}": partial(no_room, kind="full", write=write) for write in FILES},
-    **{f"disk full, {kind} fails": partial(no_room, kind=kind) for kind in ("fsync", "replace", "chmod")},
-    "file size limit": partial(no_room, kind="limit"),
-    "disk full, a real one": full_disk,
+    **{f"disk of {count} files": partial(full_disk, options=f"nr_inodes={count}") for count in range(2, 16)},
     **{f"checkpoint {how}": partial(damaged, how=how) for how in ("truncated", "empty", "bit-flipped")},
     **{
         f"checkpoint replaced by {how}": partial(damaged, how=how)
-        for how in ("somebody's code", "somebody's tensors", "a weights file")
+        for how in ("somebody's code", "somebody's tensors", "a weights file", "NaN weights")
     },
     "both checkpoints truncated": partial(damaged, how="truncated", both=True),
-    "SIGINT in a notebook kernel": interrupted_kernel,
     "checkpoint of another configuration": other_configuration,
     "two processes": two_at_once,
     "two processes, the first killed": partial(two_at_once, kill=True),
@@ -313,6 +327,12 @@ CASES: dict[str, Case] = {
         f"Drive {trouble}": partial(drive, trouble=trouble)
         for trouble in ("fails", "lags", "drops", "is gone", "vanishes", "truncated", "empty")
     },
+}
+#: Of commands that train nothing.
+SWEEPS: dict[str, Case] = {
+    f"{kind} of a sweep's driver at file {number}": partial(killed_driver, kind=kind, number=number)
+    for kind in ("SIGKILL", "SIGTERM", "SIGINT")
+    for number in (1, 6)
 }
 # Epochs; one for all others. What had not reached Drive yet is lost, besides the epoch that was killed.
 MOST_LOST = {"both checkpoints truncated": 2, "Drive fails": 2, "Drive drops": 2, "Drive is gone": 3}

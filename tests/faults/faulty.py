@@ -1,69 +1,79 @@
-"""Real runs on tiny data, each in a process of its own, in which one thing goes wrong at an exact moment.
+"""The kit's own commands on tiny data, each in a process of its own, in which one thing goes wrong at an exact moment.
 
-A moment is a line of the kit and how often it has run before: ``checkpoint.py:98#2``. It is the same in every start
-of the same run, so a failure can be repeated (``campaign.py --repeat``). Processes are forked from a server that has
-imported everything, so each costs little more than its training.
+A moment is one of three: the n-th call that the process makes about files in the runs' folder (``file:41``, counted
+before libc by ``shim.c``), a line of the kit and how often it ran before (``line:checkpoint.py:98#2``), or the n-th
+step of the optimiser (``step:5``). It is the same in every start of the same command, so a failure can be repeated
+(``campaign.py --repeat``). Processes are forked from a server that has imported everything, so each costs little more
+than its training.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from frlkit import PROJECT, KitError, checkpoint, evaluation, kernels, models, recipes, records, training
-from frlkit.data import Dataset, Split
+from frlkit import PROJECT, attacks, checkpoint, data, kernels, models
+from frlkit.data import Dataset
 
-VALUES = {
-    "pgd_at": {"epochs": 3, "batch_size": 25, "steps": 2},
-    # no tolerance: on so few images the multipliers would not move otherwise
-    "algorithm1_both": {
-        **{"epochs": 3, "start_epochs": 1, "batch_size": 25, "steps": 2},
-        **{"tau_nat": 0.0, "tau_bdy": 0.0},
-    },
+HERE = Path(__file__).resolve().parent
+KIT = str(PROJECT / "frlkit")
+_TRAIN = ("--dataset", "digits", "--batch-size", "25", "--epochs", "3", "--device", "cpu", "--runs", "{runs}")
+_EVALUATE = ("--dataset", "digits", "--device", "cpu", "--json", "{runs}/errors.json")
+#: What is struck: the words of a command line; {runs} is its folder, {root} the stage's.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "pgd_at": ("train", "pgd_at", *_TRAIN),
+    # from a start of one epoch; no tolerance: on so few images the multipliers would not move otherwise
+    "algorithm1_both": ("train", "algorithm1_both,start_epochs=1,tau_nat=0.0,tau_bdy=0.0", *_TRAIN),
+    "evaluate": ("evaluate", "{root}/weights.pt", *_EVALUATE),
+    "ladder": ("ladder", "{root}/weights.pt", "{runs}/ladder.json"),  # no command of the kit's: see `_climb`
 }
-EPOCHS = {"pgd_at": 3, "algorithm1_both": 4}  # of the run it starts from too
-SIGNALS = {"SIGKILL": -signal.SIGKILL, "SIGTERM": -signal.SIGTERM, "SIGINT": 130}  # how the process ends
-REFUSED = 3  # the process ended with a KitError
-TRACED = {
-    str(PROJECT / "frlkit" / f"{name}.py"): f"{name}.py"
-    for name in ("attacks", "checkpoint", "evaluation", "fairness", "models", "training")
-}
-FINISHED = ["history.json", "record.json", "weights.pt"]
+STEPS = {"pgd_at": 6, "algorithm1_both": 8}  # of the optimiser, two an epoch
+TITLES = {"pgd_at": "train pgd_at", "algorithm1_both": "train algorithm1_both"}
+SIGNALS = {"SIGKILL": {-signal.SIGKILL}, "SIGTERM": {-signal.SIGTERM}, "SIGINT": {130, 1, 0}}  # how the process ends
+CHANGES = {"create", "write", "fsync", "rename", "remove", "lock", "unlock", "mkdir", "rmdir", "chmod"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens (a signal, or what fails from then on) and when: at a line, run so many times before."""
+    """What happens (a signal, or what fails) and when."""
 
     kind: str
-    place: str
-    occurrence: int = 0
+    moment: str
 
     def __str__(self) -> str:
-        return f"{self.kind}@{self.place}#{self.occurrence}"
+        return f"{self.kind}@{self.moment}"
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        kind, place, occurrence = re.split("[@#]", text)
-        return cls(kind, place, int(occurrence))
+        return cls(*text.split("@"))
+
+    def at(self, sort: str) -> str:
+        """The moment, where it is of this sort; else nothing."""
+        found, _, rest = self.moment.partition(":")
+        return rest if found == sort else ""
 
 
 @dataclass
@@ -74,139 +84,137 @@ class Outcome:
     said: str
 
 
-def line_of(name: str, text: str) -> str:
-    """The place of the one line of a module that has this text."""
-    lines = (PROJECT / "frlkit" / name).read_text().splitlines()
-    (number,) = (number for number, line in enumerate(lines, 1) if text in line)
-    return f"{name}:{number}"
-
-
 # ---- In the child ---------------------------------------------------------------------------------------------------
 
 
-def child(
-    root: str, recipe: str, runs: str, fault: Fault | None, options: dict[str, Any]
-) -> None:  # pragma: no cover, another process
-    """Train a recipe into `runs` with this fault; the exit status says how it went."""
+def child(root: str, name: str, runs: str, fault: Fault | None, options: dict[str, Any]) -> None:
+    """Carry out a command, with this fault and, where ``again``, a second time without; the exit status says how."""
     output = os.open(options["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
-    everything = prepare(root, recipe, runs, options["log"], **options.get("values", {}))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    prepare(root, options["steps"], fault, options)
     if options.get("user"):
-        kernels.available(models.build("lenet5", seed=0))  # while its cache can still be read
         os.setgid(options["user"])
         os.setuid(options["user"])
     if "remote" in options:
         _unreliable(Path(options["remote"]), options["trouble"])
         checkpoint.mirror(Path(runs), Path(options["remote"]))
-    try:
-        with _armed(fault, options):
-            runs.run(*everything)
-    except KitError as error:
-        print(f"KitError: {error}", flush=True)
-        os._exit(REFUSED)
-    except KeyboardInterrupt:
-        os._exit(130)
+    with _armed(fault, runs, options):
+        code = carry_out(name, root, runs, options.get("words", ()))
+    print(f"\nended with {code}", flush=True)
+    if options.get("again"):
+        code = carry_out(name, root, runs)
     sys.stdout.flush()
+    os._exit(code)
 
 
-def prepare(root: str, recipe: str, runs: str, log: str, **values: Any) -> tuple[recipes.Config, Dataset, Path]:
-    """What `runs.run` takes, after settings that make it short; also used inside a notebook's kernel."""
+def carry_out(name: str, root: str, runs: str, more: tuple[str, ...] = ()) -> int:
+    """A command line's exit status."""
+    from frlkit.__main__ import main
+
+    words = [word.format(root=root, runs=runs) for word in (*COMMANDS[name], *more)]
+    command = _climb if words[0] == "ladder" else main
+    try:
+        command(words[1:] if command is _climb else words, prog_name="frlkit")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _climb(words: list[str], prog_name: str) -> None:
+    """The ladder from a command line: a radius at which PGD fools every image, five images between two writes."""
+    import click
+
+    from frlkit import KitError
+    from frlkit.audit import ladder
+    from frlkit.audit.weights import load_weights
+
+    model, ladder.CHUNK = models.build("lenet5"), 5
+    try:
+        load_weights(model, Path(words[0]))
+        ladder.climb(model, data.load("digits").test, 128.0, Path(words[1]))
+    except KitError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+def prepare(root: str, steps: str, fault: Fault | None, options: dict[str, Any]) -> None:
+    """Tiny data in place of the digits, and an eye on the optimiser; also used inside a notebook's kernel."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    from tqdm import tqdm
+
     torch.set_num_threads(1)
-    quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    records.evaluate.__defaults__ = (quick,)
-    runs.watched = evaluation.watched = lambda: False
-    runs.tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process leaves behind
-    tensors = torch.load(Path(root) / "data.pt")
-    tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
-    config = recipes.configure(recipe, "digits", 0, **{**VALUES[recipe], **values})
-    _log_epochs(log)
-    return config, tiny, runs.folder(Path(runs), recipe, config)
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process leaves behind
+    tiny = pickle.loads(Path(root, "data.pickle").read_bytes())
+    data.load = lambda *_, **__: tiny
+    # loaded now, while the cache of the native path can still be read
+    attacks.logits(models.build("lenet5", seed=0), torch.zeros(1, 1, 32, 32))
+    kernels.available(models.build("lenet5", seed=0))
+    taken = 0
+
+    def step(*_: Any) -> None:
+        nonlocal taken
+        with open(steps, "a", encoding="utf-8") as file:
+            file.write(".")
+        if fault and fault.at("step") == str(taken):
+            print("FAULT", flush=True)
+            strike(fault.kind, options)
+        taken += 1
+
+    register_optimizer_step_pre_hook(step)
 
 
-def _log_epochs(log: str) -> None:
-    """Append a line to `log` whenever an epoch begins."""
-    straight = training.train_epoch
-
-    def train_epoch(model: Any, optimizer: Any, split: Any, config: Any, epoch: int, *rest: Any) -> Iterator[Any]:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(f"{type(config).__name__} {epoch}\n")
-        yield from straight(model, optimizer, split, config, epoch, *rest)
-
-    training.train_epoch = train_epoch
+def strike(kind: str, options: dict[str, Any]) -> None:
+    """What happens at a line or a step."""
+    if kind in SIGNALS:
+        os.kill(os.getpid(), signal.Signals[kind])
+    elif kind == "limit":  # no file may be longer than this, a real error from the kernel
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    elif kind == "sleep":
+        print("in the middle", flush=True)
+        time.sleep(60)
+    else:  # until the parent wakes it
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        Path(options["paused"]).touch()
+        signal.pause()
 
 
 @contextlib.contextmanager
-def _armed(fault: Fault | None, options: dict[str, Any]) -> Iterator[None]:
+def _armed(fault: Fault | None, runs: str, options: dict[str, Any]) -> Iterator[None]:
+    library, log = ctypes.CDLL(None), options.get("survey", "")
+    if fault and (number := fault.at("file")):
+        how = {"torn": 3, "EIO": 2, "ENOSPC": 2, "gone": 4}.get(fault.kind, 1)
+        value = {"torn": signal.SIGKILL, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "gone": errno.ENOTCONN}
+        struck = value.get(fault.kind) or signal.Signals[fault.kind]
+        library.frlkit_fault(runs.encode(), b"", how, ctypes.c_long(int(number)), struck)
+    elif log and hasattr(library, "frlkit_fault"):
+        library.frlkit_fault(runs.encode(), f"{log}.files".encode(), 0, ctypes.c_long(0), 0)
     counts: Counter[str] = Counter()
 
     def line(frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":
-            place = f"{TRACED[frame.f_code.co_filename]}:{frame.f_lineno}"
-            if fault and (place, counts[place]) == (fault.place, fault.occurrence):
+            place = f"{frame.f_code.co_filename[len(KIT) + 1 :]}:{frame.f_lineno}"
+            if fault and fault.at("line") == f"{place}#{counts[place]}":
                 print("FAULT", flush=True)
-                _strike(fault.kind, options)
+                strike(fault.kind, options)
             counts[place] += 1
         return line
 
     def call(frame: FrameType, *_: Any) -> Any:
-        return line if frame.f_code.co_filename in TRACED else None
+        return line if frame.f_code.co_filename.startswith(KIT) else None
 
-    if fault or "survey" in options:
+    if log or (fault and fault.at("line")):
         sys.settrace(call)
     try:
         yield
     finally:
         sys.settrace(None)
-    if "survey" in options:
-        Path(options["survey"]).write_text(json.dumps(counts), encoding="utf-8")
-
-
-def _strike(kind: str, options: dict[str, Any]) -> None:
-    if kind in SIGNALS:
-        os.kill(os.getpid(), signal.Signals[kind])
-    elif kind == "torn":  # killed when half of the next file is written
-        _half_written(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    elif kind == "full":  # half of the next file fits on the disk
-        _half_written(_no_space)
-    elif kind == "limit":  # no file may be longer than this, a real error from the kernel
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    elif kind == "fill":  # a real disk, full
-        with contextlib.suppress(OSError), open(Path(options["fill"]) / "ballast", "wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-    elif kind == "pause":
-        signal.signal(signal.SIGUSR1, lambda *_: None)
-        Path(options["paused"]).touch()
-        signal.pause()
-    else:  # a function of os that fails once it is called: fsync, replace, chmod
-        setattr(os, kind, lambda *_, **__: _no_space())
-
-
-def _no_space() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def _half_written(then: Any) -> None:
-    fdopen = os.fdopen
-
-    def half(descriptor: int, *arguments: Any) -> Any:
-        file = fdopen(descriptor, *arguments)
-
-        class Half:
-            def __enter__(self) -> Half:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                file.close()
-
-            def write(self, content: bytes) -> None:
-                file.write(content[: len(content) // 2])
-                file.flush()
-                then()
-
-        return Half()
-
-    os.fdopen = half
+        if hasattr(library, "frlkit_fault"):
+            library.frlkit_fault(b"", b"", 0, ctypes.c_long(0), 0)
+    if log:
+        Path(f"{log}.lines").write_text(json.dumps(counts), encoding="utf-8")
 
 
 def _unreliable(remote: Path, trouble: str) -> None:
@@ -246,119 +254,183 @@ def _unreliable(remote: Path, trouble: str) -> None:
 # ---- In the parent --------------------------------------------------------------------------------------------------
 
 
+def build_shim(folder: Path) -> Path | None:
+    """The library that stands before libc; None where there is no C compiler, or no libc that it can stand before."""
+    compiler, library = shutil.which("cc") or shutil.which("gcc"), folder / "shim.so"
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "shim.c", "-ldl"], check=True)
+    return library
+
+
 @dataclass
 class Stage:
     """Tiny data, the undisturbed runs, and the processes that run on them."""
 
     root: Path
-    surveys: dict[str, dict[str, int]] = field(default_factory=dict)
+    surveys: dict[str, dict[str, int]] = field(default_factory=dict)  # lines of the kit, and how often each runs
+    events: dict[str, list[str]] = field(default_factory=dict)  # calls about files, in order
     started: int = 0
 
     def __post_init__(self) -> None:
-        # The server reads PYTHONPATH, and neither sys.path nor what pytest has changed.
-        here = os.pathsep.join([str(PROJECT), str(Path(__file__).parent)])
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+        # The server reads the environment, and neither sys.path nor what pytest has changed.
+        path = os.pathsep.join([str(PROJECT), str(HERE)])
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH", "")]))
+        self.shim = build_shim(self.root)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["faulty", "torchvision", "filelock"])
+        self.context.set_forkserver_preload(["faulty", "torchvision", "frlkit.__main__", "frlkit.runs"])
 
     def write_data(self, tiny: Dataset) -> None:
-        splits = (tiny.train, tiny.validation, tiny.test)
-        torch.save([(split.images, split.labels) for split in splits], self.root / "data.pt")
+        (self.root / "data.pickle").write_bytes(pickle.dumps(tiny))
+        torch.save(models.build("lenet5", seed=0).state_dict(), self.root / "weights.pt")
 
-    def launch(self, recipe: str, runs: Path, fault: Fault | None = None, **options: Any) -> Any:
-        """Start a process; its output and its epochs are kept beside `runs`."""
+    def launch(self, name: str, runs: Path, fault: Fault | None = None, **options: Any) -> Any:
+        """Start a process; its output and the optimiser's steps are kept beside `runs`."""
         self.started += 1
         runs.parent.mkdir(parents=True, exist_ok=True)
-        options |= {"log": str(epochs_of(runs)), "output": str(runs.parent / f"{runs.name}.{self.started}.out")}
-        process = self.context.Process(target=child, args=(str(self.root), recipe, str(runs), fault, options))
-        process.start()
+        options |= {"steps": str(steps_of(runs)), "output": str(runs.parent / f"{runs.name}.{self.started}.out")}
+        process = self.context.Process(target=child, args=(str(self.root), name, str(runs), fault, options))
+        with self._preloaded():
+            process.start()
         process.output = Path(options["output"])
         return process
 
+    @contextlib.contextmanager
+    def _preloaded(self) -> Iterator[None]:
+        """The server of the forks starts with the first of them."""
+        before = os.environ.get("LD_PRELOAD")
+        if self.shim:
+            os.environ["LD_PRELOAD"] = " ".join(filter(None, [str(self.shim), before]))
+        try:
+            yield
+        finally:
+            os.environ.pop("LD_PRELOAD", None)
+            if before is not None:
+                os.environ["LD_PRELOAD"] = before
+
     def wait(self, process: Any) -> Outcome:
         process.join(120)
-        assert process.exitcode is not None, "it hangs"
-        return Outcome(process.exitcode, process.output.read_text())
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"it hangs: {process.output.read_text(encoding='utf-8')}")
+        return Outcome(process.exitcode, process.output.read_text(encoding="utf-8"))
 
-    def start(self, recipe: str, runs: Path, fault: Fault | None = None, **options: Any) -> Outcome:
-        return self.wait(self.launch(recipe, runs, fault, **options))
+    def start(self, name: str, runs: Path, fault: Fault | None = None, **options: Any) -> Outcome:
+        return self.wait(self.launch(name, runs, fault, **options))
 
-    def straight(self, recipe: str) -> Path:
-        """The undisturbed run's folder; made, and its moments counted, on the first call."""
-        runs = self.root / f"straight_{recipe}"
-        if recipe not in self.surveys:
-            survey = self.root / f"{recipe}.survey"
-            outcome = self.start(recipe, runs, survey=str(survey))
+    def straight(self, name: str) -> Path:
+        """The undisturbed command's folder; made, and its moments counted, on the first call."""
+        runs = self.root / f"straight_{name}"
+        if name not in self.surveys:
+            survey = self.root / f"{name}.survey"
+            outcome = self.start(name, runs, survey=str(survey))
             assert outcome.code == 0, outcome.said
-            self.surveys[recipe] = json.loads(survey.read_text())
+            self.surveys[name] = json.loads(Path(f"{survey}.lines").read_text(encoding="utf-8"))
+            files = Path(f"{survey}.files")
+            self.events[name] = files.read_text(encoding="utf-8").splitlines() if files.exists() else []
         return runs
 
-    def moments(self, recipe: str, kind: str = "SIGKILL", seed: int = 0) -> Iterator[Fault]:
-        """Random moments, each once: first a line of the kit that the run passes, then which time it passes."""
-        self.straight(recipe)
-        survey, chance = self.surveys[recipe], random.Random(f"{recipe} {kind} {seed}")
+    def moments(self, name: str, kind: str = "SIGKILL", seed: int = 0) -> Iterator[Fault]:
+        """Random lines of the kit, each once: first a line that the command passes, then which time it passes."""
+        self.straight(name)
+        survey, chance = self.surveys[name], random.Random(f"{name} {kind} {seed}")
         seen = set()
         while len(seen) < sum(survey.values()):
             place = chance.choice(sorted(survey))
-            fault = Fault(kind, place, chance.randrange(survey[place]))
+            fault = Fault(kind, f"line:{place}#{chance.randrange(survey[place])}")
             if fault not in seen:
                 seen.add(fault)
                 yield fault
 
-    def finish(self, recipe: str, runs: Path, **options: Any) -> int:
-        """The next start: it must end well and equal the undisturbed run; returns the epochs that were lost."""
-        outcome = self.start(recipe, runs, **options)
+    def file_events(self, name: str, kind: str) -> list[Fault]:
+        """This fault at every file event: signals where a file changes, half writes at each write, errors at all."""
+        self.straight(name)
+        wanted = {"torn": {"write"}, "ENOSPC": {"create", "write", "fsync", "mkdir"}}.get(kind)
+        if wanted is None and kind in SIGNALS:
+            wanted = CHANGES
+        calls = enumerate(event.split()[0] for event in self.events[name])
+        return [Fault(kind, f"file:{number}") for number, call in calls if wanted is None or call in wanted]
+
+    def finish(self, name: str, runs: Path, but: str = "", **options: Any) -> int:
+        """The next start: it must end well and equal the undisturbed one; returns the epochs that were lost."""
+        outcome = self.start(name, runs, **options)
         assert outcome.code == 0, outcome.said
-        assert_same(self.straight(recipe), runs)
-        return lost(recipe, runs)
+        assert_same(self.straight(name), runs, but)
+        return lost(name, runs)
 
-    def survive(self, recipe: str, runs: Path, fault: Fault) -> int:
+    def survive(self, name: str, runs: Path, fault: Fault) -> int:
         """Strike once, start again: the epochs that were lost."""
-        outcome = self.start(recipe, runs, fault)
-        assert "FAULT" in outcome.said, f"{fault} never came: {outcome.said}"
-        expected = -signal.SIGKILL if fault.kind == "torn" else SIGNALS.get(fault.kind, REFUSED)
-        assert outcome.code == expected, f"{fault} ended with {outcome.code}: {outcome.said}"
-        if expected == REFUSED:
-            assert_one_sentence(outcome)
-            assert "cannot be written" in outcome.said
-        return self.finish(recipe, runs)
+        if fault.kind in ("EIO", "ENOSPC", "gone"):
+            return self.survive_error(name, runs, fault)
+        outcome = self.start(name, runs, fault)
+        if not fault.at("file"):
+            assert "FAULT" in outcome.said, f"{fault} never came: {outcome.said}"
+        expected = {-signal.SIGKILL} if fault.kind == "torn" else SIGNALS.get(fault.kind, {1})
+        assert outcome.code in expected, f"{fault} ended with {outcome.code}: {outcome.said}"
+        if fault.kind == "limit":
+            assert_one_sentence(outcome.said)
+        return self.finish(name, runs)
+
+    def survive_error(self, name: str, runs: Path, fault: Fault) -> int:
+        """The file system answers with an error; then the same command again, in the same process."""
+        outcome = self.start(name, runs, fault, again=True)
+        assert outcome.code == 0, f"{fault}, again: {outcome.said}"
+        assert not re.search(r"Traceback|Errno|Deadlock|os error", outcome.said), outcome.said
+        if "\nended with 0" not in outcome.said:
+            assert_one_sentence(outcome.said)
+        assert_same(self.straight(name), runs)
+        return lost(name, runs)
 
 
-def assert_one_sentence(outcome: Outcome) -> None:
-    assert "Traceback" not in outcome.said, outcome.said
-    assert outcome.said.splitlines()[-1].startswith("KitError: "), outcome.said
+def assert_one_sentence(said: str) -> None:
+    said = said.partition("\nended with ")[0]
+    assert "Traceback" not in said, said
+    assert said.strip().splitlines()[-1].startswith("Error: "), said
 
 
-def epochs_of(runs: Path) -> Path:
-    return runs.with_name(f"{runs.name}.epochs")
+def steps_of(runs: Path) -> Path:
+    return runs.with_name(f"{runs.name}.steps")
 
 
-def lost(recipe: str, runs: Path) -> int:
-    """Epochs that began more than once."""
-    begun = epochs_of(runs).read_text().splitlines()
-    assert len(set(begun)) == EPOCHS[recipe], begun
-    return len(begun) - EPOCHS[recipe]
+def lost(name: str, runs: Path) -> int:
+    """Epochs, begun or whole, that were trained again."""
+    if name not in STEPS:
+        return 0
+    again = len(steps_of(runs).read_text(encoding="utf-8")) - STEPS[name]
+    assert again >= 0
+    return -(-again // 2)
 
 
 def assert_same(straight: Path, runs: Path, but: str = "") -> None:
-    """The same finished runs: weights bit for bit, histories but for the time they took, records; no other file.
+    """The same files: JSON but for the seconds it took, checkpoints by their content, all else byte by byte.
 
-    `but` is a pattern of file names that may be there too.
+    `but` is a pattern of names of files that may be there too.
     """
-    folders = [path.parent.relative_to(straight) for path in straight.rglob("weights.pt")]
-    assert folders
-    for folder in folders:
-        first, second = straight / folder, runs / folder
-        names = [name for name in sorted(os.listdir(second)) if not (but and re.fullmatch(but, name))]
-        assert names == FINISHED, names
-        weights = [checkpoint.read(path / "weights.pt") for path in (first, second)]
-        assert checkpoint.digest(weights[0]) == checkpoint.digest(weights[1])
-        histories, records = (
-            [json.loads((path / name).read_text()) for path in (first, second)]
-            for name in ("history.json", "record.json")
-        )
-        for history in histories:
-            for epoch in history["epochs"]:
-                del epoch["seconds"]
-        assert histories[0] == histories[1]
-        assert records[0] == records[1]
+    found, wanted = (
+        {path.relative_to(top): path for path in top.rglob("*") if path.is_file()} for top in (runs, straight)
+    )
+    extra = {str(name) for name in found if not (but and re.fullmatch(but, name.name))} ^ set(map(str, wanted))
+    assert wanted, straight
+    assert not extra, sorted(extra)
+    for name, path in wanted.items():
+        contents = [_content(file) for file in (path, found[name])]
+        assert contents[0] == contents[1], name
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".pt":
+        return checkpoint.digest(checkpoint.read(path))
+    return _timeless(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if key != "seconds"}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def temporary(prefix: str = "faults-") -> Path:
+    """A folder that every user can enter."""
+    place = Path(tempfile.mkdtemp(prefix=prefix))
+    place.chmod(0o755)
+    return place
