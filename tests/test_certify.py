@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frlkit import KitError, data, models
+from frlkit import PROJECT, KitError, data, models, runs
 from frlkit.__main__ import main
 from frlkit.attacks import pgd
-from frlkit.audit import certify, crown, layers, lines
+from frlkit.audit import certify, crown, ladder, layers, lines
 from frlkit.data import Dataset, Split
 from frlkit.interval import Part
 
@@ -383,3 +383,19 @@ def test_command(trained: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch:
         assert refused.exit_code == 1
         assert refused.stderr.startswith("Error: ")
         assert len(refused.stderr.splitlines()) == 1
+
+
+def test_no_rung_of_the_ladder_beats_a_certificate(fashion_mnist: Dataset) -> None:
+    """Of every shipped model that was attacked up to AutoAttack, the images that fell last: none has a certificate."""
+    paths = sorted((PROJECT / "checkpoints" / "fashion_mnist").glob("*/seed*/ladder.json"))
+    assert paths
+    for path in paths:
+        record = ladder.finished(path)
+        split = ladder.subset(fashion_mnist.test, len(record["fell"]), len(fashion_mnist.class_names))
+        fell = torch.tensor(record["fell"])
+        standing = len(record["rungs"])
+        last = torch.where(fell < standing, fell, -1).argsort(descending=True)[:3]
+        assert (fell[last] > 0).all()  # right clean, and fooled
+        model, _ = runs.read_weights(path.with_name(runs.WEIGHTS))
+        x, y = split.batch(last)
+        assert (crown.margins(model, x, y, record["eps_255"] / 255).amin(1) <= 0).all()
