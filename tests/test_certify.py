@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frlkit import KitError, models
+from frlkit import PROJECT, KitError, data, models, runs
+from frlkit.__main__ import main
 from frlkit.attacks import pgd
-from frlkit.audit import certify, crown, layers, lines
+from frlkit.audit import certify, crown, ladder, layers, lines
 from frlkit.data import Dataset, Split
 from frlkit.interval import Part
 
@@ -355,3 +357,45 @@ def test_against_auto_lirpa(trained: nn.Module, tiny: Dataset) -> None:
     ours = crown.margins(trained, x, y, EPS)
     others = ~ours.isinf()
     torch.testing.assert_close(ours[others].float(), theirs[others], rtol=0.05, atol=0.1)
+
+
+def test_command(trained: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any file of weights, a line a class, one verdict an image in the JSON; and its one sentence for bad input."""
+    monkeypatch.setattr(data, "load", lambda name, **rest: tiny)
+    weights, out = tmp_path / "mine.pt", tmp_path / "certificates.json"
+    torch.save(trained.state_dict(), weights)
+
+    def call(*words: str | Path) -> Result:
+        return CliRunner().invoke(main, ["certify", *map(str, words), "--dataset", "digits", "--eps", "2"])
+
+    result = call(weights, "--images", "3", "--json", out)
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stdout.splitlines()[2:12]] == list(tiny.class_names)
+    verdicts = json.loads(out.read_text(encoding="utf-8"))["verdicts"]
+    assert len(verdicts) == 3
+    assert set(verdicts) <= set(certify.VERDICTS)
+    for words in (
+        (weights, "--images", "1000"),
+        (tmp_path, "--images", "1"),
+        (weights, "--images", "2", "--json", out),
+    ):
+        refused = call(*words)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith("Error: ")
+        assert len(refused.stderr.splitlines()) == 1
+
+
+def test_no_rung_of_the_ladder_beats_a_certificate(fashion_mnist: Dataset) -> None:
+    """Of every shipped model that was attacked up to AutoAttack, the images that fell last: none has a certificate."""
+    paths = sorted((PROJECT / "checkpoints" / "fashion_mnist").glob("*/seed*/ladder.json"))
+    assert paths
+    for path in paths:
+        record = ladder.finished(path)
+        split = ladder.subset(fashion_mnist.test, len(record["fell"]), len(fashion_mnist.class_names))
+        fell = torch.tensor(record["fell"])
+        standing = len(record["rungs"])
+        last = torch.where(fell < standing, fell, -1).argsort(descending=True)[:3]
+        assert (fell[last] > 0).all()  # right clean, and fooled
+        model, _ = runs.read_weights(path.with_name(runs.WEIGHTS))
+        x, y = split.batch(last)
+        assert (crown.margins(model, x, y, record["eps_255"] / 255).amin(1) <= 0).all()
