@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -67,29 +69,36 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="only every so-manieth fault, for a quick look")
     parser.add_argument("--repeat", help="one fault, as the table names it")
     parser.add_argument("--commands", nargs="+", default=[*COMMANDS, "sweep"], choices=[*COMMANDS, "sweep"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    began, table = time.monotonic(), {}
-    with tempfile.TemporaryDirectory() as folder:
+    began, table = time.monotonic(), dict[tuple[str, str], Counter[str]]()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(words.jobs) as pool:
         Path(folder).chmod(0o755)
         stage = Stage(Path(folder))
         stage.write_data(tiny_dataset(data.load("digits"), 5, 1, 2))
+
+        def attempt_in(name: str, number: int, fault: str, case: Case) -> int | None:
+            place = Path(folder) / f"{name}{number}"
+            lost = attempt(stage, name, place / "runs", fault, case)
+            shutil.rmtree(place, ignore_errors=True)
+            return lost
+
         for name in words.commands:
             if words.repeat:
                 fault = Fault.parse(words.repeat) if "@" in words.repeat else None
                 how = partial(strike, fault=fault) if fault else {**CASES, **SWEEPS}[words.repeat]
-                tried = iter([(words.repeat, words.repeat, how)])
+                tried = [(words.repeat, words.repeat, how)]
             elif name == "sweep":
-                tried = iter([("a sweep's driver struck", case, how) for case, how in SWEEPS.items()])
+                tried = [("a sweep's driver struck", case, how) for case, how in SWEEPS.items()]
             else:
-                tried = faults(stage, name, words.moments, words.seed)
-            for number, (row, fault_name, case) in enumerate(islice(tried, 0, None, words.every)):
-                place = Path(folder) / f"{name}{number}"
-                lost = attempt(stage, name, place / "runs", fault_name, case)
-                shutil.rmtree(place, ignore_errors=True)
-                if lost is not None:
+                tried = list(faults(stage, name, words.moments, words.seed))[:: words.every]
+            results = [pool.submit(attempt_in, name, n, fault, how) for n, (_, fault, how) in enumerate(tried)]
+            for (row, _, _), result in zip(tried, results, strict=True):
+                if (lost := result.result()) is not None:
                     counts = table.setdefault((TITLES.get(name, name), row), Counter())
                     counts += Counter({"tried": 1, "survived": int(lost >= 0), "lost": max(lost, 0)})
+            print(f"{TITLES.get(name, name)}: {len(tried)} faults, {time.monotonic() - began:.0f} s so far", flush=True)
     return show(table, time.monotonic() - began)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,10 +30,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import safetensors
 import torch
 
 from frlkit import PROJECT, attacks, checkpoint, data, kernels, models
@@ -134,7 +137,7 @@ def _climb(words: list[str], prog_name: str) -> None:
     model, ladder.CHUNK = models.build("lenet5"), 5
     try:
         load_weights(model, Path(words[0]))
-        ladder.climb(model, data.load("digits").test, 128.0, Path(words[1]))
+        ladder.climb(model, ladder.subset(data.load("digits").test, 20, 10), 128.0, Path(words[1]))
     except KitError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
@@ -158,10 +161,10 @@ def prepare(root: str, steps: str, fault: Fault | None, options: dict[str, Any])
         nonlocal taken
         with open(steps, "a", encoding="utf-8") as file:
             file.write(".")
-        if fault and fault.at("step") == str(taken):
+        taken += 1
+        if fault and fault.at("step") == str(taken - 1):
             print("FAULT", flush=True)
             strike(fault.kind, options)
-        taken += 1
 
     register_optimizer_step_pre_hook(step)
 
@@ -270,7 +273,7 @@ class Stage:
     root: Path
     surveys: dict[str, dict[str, int]] = field(default_factory=dict)  # lines of the kit, and how often each runs
     events: dict[str, list[str]] = field(default_factory=dict)  # calls about files, in order
-    started: int = 0
+    started: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         # The server reads the environment, and neither sys.path nor what pytest has changed.
@@ -279,6 +282,13 @@ class Stage:
         self.shim = build_shim(self.root)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["faulty", "torchvision", "frlkit.__main__", "frlkit.runs"])
+        before = os.environ.get("LD_PRELOAD")
+        if self.shim:
+            os.environ["LD_PRELOAD"] = " ".join(filter(None, [str(self.shim), before]))
+        forkserver.ensure_running()  # now, so that nothing else has the library before libc
+        os.environ.pop("LD_PRELOAD", None)
+        if before is not None:
+            os.environ["LD_PRELOAD"] = before
 
     def write_data(self, tiny: Dataset) -> None:
         (self.root / "data.pickle").write_bytes(pickle.dumps(tiny))
@@ -286,27 +296,13 @@ class Stage:
 
     def launch(self, name: str, runs: Path, fault: Fault | None = None, **options: Any) -> Any:
         """Start a process; its output and the optimiser's steps are kept beside `runs`."""
-        self.started += 1
+        number = next(self.started)
         runs.parent.mkdir(parents=True, exist_ok=True)
-        options |= {"steps": str(steps_of(runs)), "output": str(runs.parent / f"{runs.name}.{self.started}.out")}
+        options |= {"steps": str(steps_of(runs)), "output": str(runs.parent / f"{runs.name}.{number}.out")}
         process = self.context.Process(target=child, args=(str(self.root), name, str(runs), fault, options))
-        with self._preloaded():
-            process.start()
+        process.start()
         process.output = Path(options["output"])
         return process
-
-    @contextlib.contextmanager
-    def _preloaded(self) -> Iterator[None]:
-        """The server of the forks starts with the first of them."""
-        before = os.environ.get("LD_PRELOAD")
-        if self.shim:
-            os.environ["LD_PRELOAD"] = " ".join(filter(None, [str(self.shim), before]))
-        try:
-            yield
-        finally:
-            os.environ.pop("LD_PRELOAD", None)
-            if before is not None:
-                os.environ["LD_PRELOAD"] = before
 
     def wait(self, process: Any) -> Outcome:
         process.join(120)
@@ -420,6 +416,9 @@ def assert_same(straight: Path, runs: Path, but: str = "") -> None:
 def _content(path: Path) -> Any:
     if path.suffix == ".pt":
         return checkpoint.digest(checkpoint.read(path))
+    if path.suffix == ".safetensors":  # which writes its header in any order
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata(), checkpoint.digest({name: file.get_tensor(name) for name in sorted(file.keys())})
     return _timeless(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
 
 
