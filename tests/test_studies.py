@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from frlkit import PROJECT
+from frlkit import PROJECT, KitError
 from frlkit.recipes import configure, described
 from frlkit.report import names, studies
 
@@ -58,6 +58,8 @@ def test_finished_runs_are_read_and_others_left_out(tmp_path: Path) -> None:
     titles = ["Control", "DAFA", "Reweight", "no such recipe"]
     found, histories = studies.study(titles, [0, 1, 2], "fashion_mnist", tmp_path, None, **LENGTHS)
     assert list(found) == list(histories) == ["uniform"]
+    with pytest.raises(KitError, match=r"no finished run of DAFA \(fashion_mnist\) in .*, and no data to train it"):
+        studies.study(titles, [0], "fashion_mnist", tmp_path, None, needed=["Control", "DAFA"], **LENGTHS)
     assert [one["config"]["seed"] for one in found["uniform"]] == [0, 2]
 
 

@@ -25,17 +25,27 @@ def values(recipe: str, epochs: int, frl_epochs: int, batch_size: int) -> dict[s
 
 
 def study(
-    titles: Iterable[str], seeds: Sequence[int], dataset: str, folder: Path, tensors: Dataset | None, **lengths: int
+    titles: Sequence[str],
+    seeds: Sequence[int],
+    dataset: str,
+    folder: Path,
+    tensors: Dataset | None,
+    *,
+    needed: Iterable[str] = (),
+    **lengths: int,
 ) -> tuple[Records, Records]:
     """Records and histories, recipe -> one per seed, of these titles (`names.METHODS`) or recipes.
 
-    Missing runs are trained; where there are no data (`tensors` is None), those that are finished are all there is.
-    `lengths` are the parameters of `values`.
+    Missing runs are trained; where there are no data (`tensors` is None), those that are finished are all there is:
+    raises `KitError` where one of the titles `needed` has none. `lengths` are the parameters of `values`.
     """
-    if tensors is None:
-        return finished(titles, seeds, dataset, folder, **lengths)
     found: Records = {}
     histories: Records = {}
+    if tensors is None:
+        found, histories = finished(titles, seeds, dataset, folder, **lengths)
+        if missing := [title for title in needed if names.recipe(title) not in found]:
+            raise KitError(f"there is no finished run of {missing[0]} ({dataset}) in {folder}, and no data to train it")
+        return found, histories
     for recipe in map(names.recipe, titles):
         kept, told = runs.study([recipe], seeds, dataset, folder, tensors, **values(recipe, **lengths))
         found, histories = {**found, **kept}, {**histories, **told}
