@@ -94,12 +94,13 @@ class TestRules:
         (whole,) = rules.every(question).comparisons
         assert whole.supports == max(part.supports for part in question.comparisons)
         assert whole.contradicts == 1
-        assert all(part.says in whole.says for part in question.comparisons)
+        assert whole.says == f"of 3 comparisons the weakest: {question.comparisons[2].says}"
         against = rules.lower("options-pgd", series(*CHANGE), -series(*CHANGE))
         (whole,) = rules.every(against).comparisons
         assert whole.contradicts == pytest.approx(2 * 0.00106, abs=4e-5)
         (short,) = rules.every(rules.lower("options-pgd", series(*CHANGE), series())).comparisons
         assert not short.tested
+        assert short.says == "of 2 comparisons the weakest: ours − theirs: no runs"
 
 
 def table(rows: list[list[float]]) -> pd.DataFrame:

@@ -51,6 +51,13 @@ def test_differences_pair_the_seeds() -> None:
     assert changes.loc[("method", 1), "natural worst"] == pytest.approx(0)
 
 
+def test_scores_of_nothing() -> None:
+    scored = tables.scores({"control": []})
+    assert scored.empty
+    assert list(scored.columns) == list(tables.scores(RECORDS).columns)
+    assert scored.index.names == ["recipe", "seed"]
+
+
 def test_means_over_seeds() -> None:
     assert tables.means(tables.scores(RECORDS)).loc["control", "robust worst"] == "55.0 ± 7.1"
 

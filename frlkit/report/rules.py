@@ -93,7 +93,9 @@ def every(question: Question) -> Question:
     supports = max(part.supports for part in parts)
     contradicts = min(1.0, len(parts) * min(part.contradicts for part in parts))
     tested = all(part.tested for part in parts)
-    return Question(question.key, (Comparison("; ".join(p.says for p in parts), supports, contradicts, tested),))
+    weakest = max(parts, key=lambda part: (not part.tested, part.supports, -part.contradicts))
+    says = f"of {len(parts)} comparisons the weakest: {weakest.says}"
+    return Question(question.key, (Comparison(says, supports, contradicts, tested),))
 
 
 def _two_sided(change: pd.Series, side: str, unit: str) -> Comparison:

@@ -21,6 +21,8 @@ RADII = (8, 16)  # of the standard attacks, in 1/255
 MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
 FORMATS = ("text", "markdown", "csv", "json")
 
+_NO_RUNS = pd.MultiIndex.from_arrays([[], []], names=["recipe", "seed"])
+
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # recipe -> one record per seed
 
 
@@ -214,7 +216,9 @@ def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
                 for kind, errors in kinds.items()
                 for what, how in (("average", "mean"), ("worst", "max"))
             }
-    return pd.DataFrame(rows).T.rename_axis(["recipe", "seed"])
+    columns = [f"{kind} {what}" for kind in ("natural", "boundary", "robust") for what in ("average", "worst")]
+    index = pd.MultiIndex.from_tuples(list(rows), names=["recipe", "seed"]) if rows else _NO_RUNS
+    return pd.DataFrame(list(rows.values()), index, columns, dtype=float)
 
 
 def means(scored: pd.DataFrame) -> pd.DataFrame:
