@@ -65,7 +65,7 @@ PARAMETERS: dict[str, Any] = {
     "EPOCHS": Epochs,
     "BATCH_SIZE": Annotated[int, Field(ge=1, le=10**5)],
     "FRL_SEEDS": Seeds,
-    "FRL_EPOCHS": Epochs,
+    "FRL_EPOCHS": Annotated[int, Field(ge=0, le=1000)],
     "REPORT_SEEDS": Seeds,
     "ALPHAS": Annotated[list[Strength], AfterValidator(_distinct)],
     "GRID_SEEDS": Seeds,
