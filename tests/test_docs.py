@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from frlkit import PROJECT, KitError, checkpoint, recipes, records, runs
 from frlkit.__main__ import main
-from frlkit.report import documents
+from frlkit.report import claims, coverage, documents
 
-README = (PROJECT / "README.md").read_text()
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -28,11 +29,69 @@ def test_every_table_is_what_records_and_notebooks_say(copies: Path) -> None:
 
 
 def test_an_altered_number_is_written_anew(copies: Path) -> None:
-    text = (copies / "README.md").read_text()
+    text = (copies / "README.md").read_text(encoding="utf-8")
     number = re.search(r"\d+\.\d ± \d\.\d", text)[0]
     (copies / "README.md").write_text(text.replace(number, "99.9 ± 9.9", 1))
     assert documents.refresh(copies) == ["README.md"]
-    assert (copies / "README.md").read_text() == text
+    assert (copies / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_check_says_what_disagrees_and_writes_nothing(copies: Path) -> None:
+    assert documents.check(copies) == []
+    text = (copies / "README.md").read_text(encoding="utf-8")
+    altered = text.replace(re.search(r"\d+\.\d ± \d\.\d", text)[0], "99.9 ± 9.9", 1)
+    (copies / "README.md").write_text(altered, encoding="utf-8")
+    assert documents.check(copies) == [
+        "README.md: table 'disparity' is not what its records say: run frlkit report",
+    ]
+    assert (copies / "README.md").read_text(encoding="utf-8") == altered
+
+
+class TestCoverage:
+    FOUND = coverage.Shown(PROJECT, {"report-25": "confirmed"}, [("Theorem 9: x", "confirmed")], {"07": "a word"})
+
+    def test_rows_are_numbered_whole_and_judged_by_what_is_there(self) -> None:
+        rows = coverage.rows()
+        assert [row["row"] for row in rows] == list(range(1, 79))
+        shown = coverage.shown()
+        for row in rows:
+            letter, reason = coverage.status(row, shown)
+            assert letter in coverage.STATUSES
+            assert bool(reason) == (letter != "R"), row
+
+    @pytest.mark.parametrize(
+        ("row", "letter", "reason"),
+        [
+            ({"shown": [{"verdict": "report-25"}, {"theory": "Theorem 9"}]}, "R", ""),
+            ({"shown": [{"verdict": "report-11"}], "why": "w"}, "B", "claim report-11 not tested; w"),
+            ({"shown": [{"verdict": "report-25"}, {"verdict": "report-11"}]}, "P", "claim report-11 not tested"),
+            ({"shown": [{"theory": "Theorem 8"}], "why": "w"}, "N", "notebook 02 has no claim on Theorem 8; w"),
+            ({"shown": [{"theory": "Theorem 8"}], "built": True}, "B", "notebook 02 has no claim on Theorem 8"),
+            ({"shown": [{"runs": "PGD-AT", "seeds": 5}]}, "R", ""),
+            ({"shown": [{"runs": "PGD-AT", "seeds": 99}]}, "B", "PGD-AT: 5 of 99 seeds"),
+            (
+                {"shown": [{"runs": "PGD-AT", "data": "svhn"}], "analogue": [{"runs": "PGD-AT"}]},
+                "P",
+                "PGD-AT on SVHN: 0 of 1 seeds",
+            ),
+            ({"shown": [{"says": "07", "text": "a word"}, {"file": "README.md"}]}, "R", ""),
+            ({"shown": [{"says": "08", "text": "a word"}]}, "N", "notebook 08 does not have it"),
+            ({"shown": [{"attack": 8, "of": "PGD-AT"}]}, "R", ""),
+            ({"shown": [{"attack": 5, "of": "PGD-AT"}]}, "B", "PGD-AT: no PGD-20 at 5/255, step 2/255"),
+        ],
+    )
+    def test_status(self, row: dict[str, Any], letter: str, reason: str) -> None:
+        assert coverage.status(row, self.FOUND) == (letter, reason)
+
+    def test_a_claim_that_nobody_stated_is_refused(self) -> None:
+        with pytest.raises(KitError, match="claim 'report-26' is unknown"):
+            coverage.status({"shown": [{"verdict": "report-26"}]}, self.FOUND)
+
+    def test_every_claim_of_a_notebook_is_stated(self) -> None:
+        """And every statement is asked in some notebook."""
+        sources = coverage.shown().sources
+        asked = {key for key in claims.statements() for text in sources.values() if f'"{key}"' in text}
+        assert asked == set(claims.statements())
 
 
 def test_an_unknown_table_is_refused(copies: Path) -> None:
@@ -72,5 +131,5 @@ def test_commands_exist() -> None:
 
 def test_links_lead_somewhere() -> None:
     for document in ("README.md", "REPORT.md"):
-        links = re.findall(r"\]\((?!http)([^)]+)\)", (PROJECT / document).read_text())
+        links = re.findall(r"\]\((?!http)([^)]+)\)", (PROJECT / document).read_text(encoding="utf-8"))
         assert all((PROJECT / Path(link)).exists() for link in links)

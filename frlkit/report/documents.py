@@ -12,27 +12,54 @@ from pathlib import Path
 from typing import Any
 
 from frlkit import PROJECT, KitError, checkpoint, models, recipes, records
-from frlkit.report import claims, published, tables
+from frlkit.report import cards, claims, coverage, names, published, tables
 
 DOCUMENTS = ("README.md", "REPORT.md")
-#: Retraining recipes of README's table, after the model that they start from.
+CARD = "checkpoints/README.md"
+#: README's retrained models, by title; those without finished runs are left out.
 FAIR = (
-    *("pgd_at", "uniform", "baseline_reweight", "algorithm1_reweight", "algorithm1_remargin", "algorithm1_both"),
-    *("official_uniform", "official_reweight", "official_both", "dafa"),
+    *("PGD-AT", "TRADES", "Control", "Reweight", "Remargin", "Reweight + Remargin", "DAFA"),
+    *("Baseline control", "Baseline reweight", "Biases of PGD-AT moved", "Biases of the control moved"),
+    *("Authors' control", "Authors' Reweight", "Authors' Remargin", "Authors' both"),
 )
-FAIR_SEEDS = range(5)
+_TABLE = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def refresh(project: Path = PROJECT) -> list[str]:
-    """Write every table anew; returns the documents that changed. Raises `KitError` for an unknown table's name."""
-    changed = []
-    for name in DOCUMENTS:
-        text = (project / name).read_text()
-        fresh = re.sub(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", _replacement, text, flags=re.DOTALL)
-        if fresh != text:
-            checkpoint.write_atomically(project / name, fresh.encode())
-            changed.append(name)
-    return changed
+    """Write every table anew, and the models' card; returns the documents that changed.
+
+    Raises `KitError` for an unknown table's name.
+    """
+    changed = {name: text for name, text in _fresh(project).items() if text != _read(project / name)}
+    for name, text in changed.items():
+        checkpoint.write_atomically(project / name, text.encode("utf-8"))
+    return list(changed)
+
+
+def check(project: Path = PROJECT) -> list[str]:
+    """Where documents and records disagree, in sentences; empty where they agree. Writes nothing."""
+    found = []
+    for name, fresh in _fresh(project).items():
+        before, after = (_tables(text) for text in (_read(project / name), fresh))
+        stale = [table for table in after if before.get(table) != after[table]]
+        found += [f"{name}: table {table!r} is not what its records say: run frlkit report" for table in stale]
+        if not stale and _read(project / name) != fresh:
+            found.append(f"{name} is not what its records say: run frlkit report")
+    return found
+
+
+def _fresh(project: Path) -> dict[str, str]:
+    """Every document as it should be."""
+    made = {name: _TABLE.sub(_replacement, _read(project / name)) for name in DOCUMENTS}
+    return {**made, **({CARD: cards.card()} if (project / CARD).parent.exists() else {})}
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _tables(text: str) -> dict[str, str]:
+    return {found[2]: found[0] for found in _TABLE.finditer(text)}
 
 
 def _replacement(found: re.Match[str]) -> str:
@@ -41,41 +68,43 @@ def _replacement(found: re.Match[str]) -> str:
     return f"{found[1]}{TABLES[found[2]]()}\n{found[3]}"
 
 
-def shipped(recipes: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """Test records of shipped runs on Fashion-MNIST, recipe -> one per seed."""
+def shipped(titles: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Test records of shipped runs on Fashion-MNIST, recipe -> one per seed; those titles that have any."""
     place = PROJECT / "checkpoints" / "fashion_mnist"
-    return {
-        recipe: [records.read(place / recipe / f"seed{seed}" / "record.json") for seed in seeds] for recipe in recipes
-    }
+    found = {recipe: sorted((place / recipe).glob("seed*/record.json")) for recipe in map(names.recipe, titles)}
+    return {recipe: [records.read(path) for path in paths] for recipe, paths in found.items() if paths}
 
 
 def disparity() -> str:
-    summary = tables.summary(tables.tidy(shipped(list(recipes.BASE), range(5))))
-    names = ("natural", "8/255", "16/255")
-    head = ["", *(f"{name}, {part}" for name in names for part in ("average", "worst"))]
+    summary = tables.summary(tables.tidy(shipped(list(recipes.BASE))))
+    head = ["", *(f"{name}, {part}" for name in ("natural", "8/255", "16/255") for part in ("average", "worst"))]
     cells = [(measure, part) for measure in tables.MEASURES for part in ("average", "worst")]
-    rows = [[recipe, *(summary.loc[(recipe, measure), part] for measure, part in cells)] for recipe in recipes.BASE]
+    rows = [[f"`{r}`", *(summary.loc[(r, measure), part] for measure, part in cells)] for r in recipes.BASE]
     return tables.markdown(head, rows)
 
 
 def fairness() -> str:
-    means = tables.means(tables.scores(shipped(FAIR, FAIR_SEEDS)))
-    return tables.markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
+    found = shipped(FAIR)
+    means = tables.means(tables.scores(found))
+    rows = [[names.title(recipe), f"`{recipe}`", *row, len(found[recipe])] for recipe, row in means.iterrows()]
+    return tables.markdown(["", "recipe", *means.columns, "seeds"], rows)
 
 
 def claims_of(number: str) -> Callable[[], str]:
     def render() -> str:
         (notebook,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
-        found = claims.from_notebook(json.loads(notebook.read_text())["cells"])
-        rows = [[row["claim"], row["evidence"], row["verdict"]] for table in found for row in table["claims"]]
-        return tables.markdown(["claim", "evidence", "verdict"], rows)
+        found = claims.from_notebook(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+        rows = [[claims.phrase(row), row["claim"], row["evidence"]] for table in found for row in table["claims"]]
+        return tables.markdown(["verdict", "claim", "evidence"], rows)
 
     return render
 
 
 def speed() -> str:
     """Both paths' ratios, from ``benchmarks/results_*.json``."""
-    found = [json.loads(path.read_text()) for path in sorted((PROJECT / "benchmarks").glob("results_*.json"))]
+    found = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((PROJECT / "benchmarks").glob("results_*.json"))
+    ]
     rows = []
     for number, first in enumerate(found[0]["rows"]):
         cells = [table["rows"][number] for table in found]
@@ -117,7 +146,7 @@ def paper_scale() -> str:
 
 def cost() -> str:
     """Seconds of a training step at the paper's scale, from ``benchmarks/paper.json``, and hours extrapolated."""
-    found = json.loads((PROJECT / "benchmarks" / "paper.json").read_text())
+    found = json.loads((PROJECT / "benchmarks" / "paper.json").read_text(encoding="utf-8"))
     rows = [
         [
             f"{models.TITLES[row['model']]}, {row['way']}",
@@ -148,5 +177,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper_scale,
     "cost": cost,
     "slice": slice_,
+    "coverage": coverage.table,
     **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
 }

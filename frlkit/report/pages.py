@@ -101,6 +101,7 @@ def index(notes: Mapping[str, Mapping[str, Any]], waiting: Sequence[str], output
         notebooks=shown,
         waiting=waiting,
         verdicts=claims.VERDICTS,
+        phrase=claims.phrase,
         counts=[(verdict, found[verdict]) for verdict in claims.VERDICTS if found[verdict]],
     )
     checkpoint.write_atomically(output / "index.html", text.encode())

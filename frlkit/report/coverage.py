@@ -1,0 +1,151 @@
+"""What of both texts is reproduced: `coverage.yaml` against the records, notebooks and figures that are there.
+
+Status of a row: R reproduced (all its evidence is there), P partly (some of it, or an analogue), B built and not run,
+N not. The reason is what is missing, and the row's own words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from frlkit import PROJECT, KitError
+from frlkit.evaluation import Attack
+from frlkit.records import read
+from frlkit.report import claims, names, tables
+
+STATUSES = {"R": "reproduced", "P": "partly", "B": "built, not run", "N": "not"}
+
+
+class Shown(NamedTuple):
+    """What a project's notebooks say and claim, read once."""
+
+    project: Path
+    verdicts: Mapping[str, str]  # claim's key -> verdict
+    theory: Sequence[tuple[str, str]]  # notebook 02's claims and verdicts
+    sources: Mapping[str, str]  # notebook's number -> all its cells' text
+
+
+def shown(project: Path = PROJECT) -> Shown:
+    """Read the notebooks of a checkout. Raises `KitError` where one is no notebook."""
+    verdicts, theory, sources = {}, [], {}
+    for path in sorted((project / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            sources[path.name[:2]] = "\n".join("".join(cell["source"]) for cell in cells)
+            rows = [row for table in claims.from_notebook(cells) for row in table["claims"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise KitError(f"{path} is no notebook ({error}): take it from the repository again") from None
+        verdicts |= {row["key"]: row["verdict"] for row in rows if row.get("key")}
+        theory += [(row["claim"], row["verdict"]) for row in rows] if path.name.startswith("02") else []
+    return Shown(project, verdicts, theory, sources)
+
+
+def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
+    """Missing runs of a title (or recipe), as words; empty where there are enough."""
+    dataset, asked = evidence.get("data", "fashion_mnist"), evidence.get("seeds", 1)
+    folder = found.project / "checkpoints" / dataset / names.recipe(evidence["runs"])
+    count = len(list(folder.glob("seed*/record.json")))
+    where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
+    return "" if count >= asked else f"{names.title(names.recipe(evidence['runs']))}{where}: {count} of {asked} seeds"
+
+
+def _verdict(evidence: Mapping[str, Any], found: Shown) -> str:
+    key = evidence["verdict"]
+    if key not in claims.statements():
+        raise KitError(f"coverage.yaml: claim {key!r} is unknown: use one of statements.yaml")
+    return "" if found.verdicts.get(key, "not tested") != "not tested" else f"claim {key} not tested"
+
+
+def _theory(evidence: Mapping[str, Any], found: Shown) -> str:
+    words = evidence["theory"]
+    there = any(words in claim and verdict != "not tested" for claim, verdict in found.theory)
+    return "" if there else f"notebook 02 has no claim on {words}"
+
+
+def _says(evidence: Mapping[str, Any], found: Shown) -> str:
+    there = evidence["text"] in found.sources.get(evidence["says"], "")
+    return "" if there else f"notebook {evidence['says']} does not have it"
+
+
+def _attack(evidence: Mapping[str, Any], found: Shown) -> str:
+    """Whether all records of a title on Fashion-MNIST have PGD-20 at a radius."""
+    folder = found.project / "checkpoints" / "fashion_mnist" / names.recipe(evidence["of"])
+    entries = [read(path)["attacks"] for path in sorted(folder.glob("seed*/record.json"))]
+    wanted = asdict(Attack(evidence["attack"]))
+    there = bool(entries) and all(any(entry["attack"] == wanted for entry in attacks) for attacks in entries)
+    return "" if there else f"{evidence['of']}: no {Attack(evidence['attack'])}"
+
+
+def _file(evidence: Mapping[str, Any], found: Shown) -> str:
+    return "" if (found.project / evidence["file"]).exists() else f"no {evidence['file']}"
+
+
+#: Kind of evidence -> what says, in words, what of it is missing.
+KINDS: dict[str, Callable[[Mapping[str, Any], Shown], str]] = {
+    "runs": _runs,
+    "verdict": _verdict,
+    "theory": _theory,
+    "says": _says,
+    "attack": _attack,
+    "file": _file,
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    """`coverage.yaml`, row by row."""
+    return yaml.safe_load(Path(__file__).with_name("coverage.yaml").read_text(encoding="utf-8"))
+
+
+def status(row: Mapping[str, Any], found: Shown) -> tuple[str, str]:
+    """A row's letter of `STATUSES`, and the reason where it is not R."""
+    missing = _missing(row["shown"], found)
+    lacking = [words for words in missing if words]
+    if not lacking:
+        return "R", ""
+    reason = "; ".join([*dict.fromkeys(lacking), *([row["why"]] if "why" in row else [])])
+    stands_in = "analogue" in row and not any(_missing(row["analogue"], found))
+    if stands_in or len(lacking) < len(missing):
+        return "P", reason
+    return (
+        "B" if row.get("built") or any({"runs", "verdict", "attack"} & set(e) for e in row["shown"]) else "N"
+    ), reason
+
+
+def _missing(evidence: Sequence[Mapping[str, Any]], found: Shown) -> list[str]:
+    return [next(KINDS[kind](one, found) for kind in KINDS if kind in one) for one in evidence]
+
+
+def table(project: Path = PROJECT) -> str:
+    """All rows as Markdown: number, item, status, evidence, and what is missing."""
+    found = shown(project)
+    lines = []
+    for row in rows():
+        letter, reason = status(row, found)
+        lines.append([row["row"], row["item"], letter, _evidence(row), reason])
+    counts = Counter(line[2] for line in lines)
+    total = ", ".join(f"{counts[letter]} {letter} ({words})" for letter, words in STATUSES.items())
+    head = ["#", "item", "status", "evidence", "not R because"]
+    return f"{len(lines)} rows: {total}.\n\n{tables.markdown(head, lines)}"
+
+
+def _evidence(row: Mapping[str, Any]) -> str:
+    words = []
+    for one in row["shown"]:
+        if "runs" in one:
+            words.append(f"runs: {names.title(names.recipe(one['runs']))}")
+        elif "verdict" in one:
+            words.append(f"claim {one['verdict']}")
+        elif "file" in one:
+            words.append(f"`{one['file']}`")
+        elif "attack" in one:
+            words.append(f"PGD-20 at {one['attack']}/255")
+        else:
+            words.append(f"notebook {one.get('says', '02')}")
+    return "; ".join(dict.fromkeys(words))
