@@ -20,7 +20,7 @@ import frlkit
 # isort: split
 import torch
 
-from frlkit import attacks, checkpoint, data, evaluation, kernels, models, records
+from frlkit import attacks, data, evaluation, kernels, records, runs
 from frlkit.evaluation import Attack
 
 SEEDS = range(3)
@@ -35,9 +35,8 @@ def on(path: str) -> None:
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there.")
 def main(out: Path | None) -> None:
     """Compare the two paths on the shipped pgd_at model, seed 0, and Fashion-MNIST's first test images."""
-    state = checkpoint.read(frlkit.PROJECT / "checkpoints" / "fashion_mnist" / "pgd_at" / "seed0" / "weights.pt")
-    model = models.build("lenet5", state["num_classes"])
-    model.load_state_dict(state["model"])
+    place = frlkit.PROJECT / "checkpoints" / "fashion_mnist" / "pgd_at" / "seed0"
+    model, _ = runs.read_weights(place / runs.WEIGHTS)
     if not kernels.available(model):
         raise click.ClickException("there is no native path here: nothing to compare")
     whole = data.load("fashion_mnist").test
@@ -62,7 +61,7 @@ def main(out: Path | None) -> None:
     text = json.dumps(result, indent=1)
     click.echo(text)
     if out:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

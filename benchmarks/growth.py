@@ -128,7 +128,7 @@ def main(threads: int, out: Path | None, figure: Path | None) -> None:
     text = json.dumps(record, indent=1)
     click.echo(text)
     if out:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", encoding="utf-8")
     if figure:
         draw(record, figure)
 

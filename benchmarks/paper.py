@@ -22,7 +22,7 @@ import torchattacks
 from torch import Tensor, nn
 
 import frlkit
-from frlkit import checkpoint, data, evaluation, losses, models, recipes, records
+from frlkit import data, evaluation, losses, models, recipes, records, runs
 from frlkit.evaluation import Attack
 
 IMAGES, EPOCHS, STEPS = 45_000, 100, 10  # CIFAR-10's training images less the validation split; the paper's inner steps
@@ -89,13 +89,12 @@ def cost(name: str, batch: int, repeats: int, device: torch.device) -> list[dict
     return rows
 
 
-def formats(runs: Path, device: torch.device) -> dict[str, Any]:
+def formats(shipped: Path, device: torch.device) -> dict[str, Any]:
     """Class-wise robust error of a trained run when the attack computes in bf16 or tf32, beside another attack seed."""
     dataset, recipe, seed = TRAINED
-    place = runs / data.folder_name(dataset) / recipe / f"seed{seed}"
-    state = checkpoint.read(place / "weights.pt", device)
-    model = models.place(models.build(state["config"]["model"], state["num_classes"]), device)
-    model.load_state_dict(state["model"])
+    place = shipped / data.folder_name(dataset) / recipe / f"seed{seed}"
+    model, config = runs.read_weights(place / runs.WEIGHTS)
+    model = models.place(model, device)
     test = data.load(dataset, device=device).test
     attack = Attack()
     reference = evaluation.class_errors(model, test, attack).robust
@@ -107,11 +106,11 @@ def formats(runs: Path, device: torch.device) -> dict[str, Any]:
                 model, x, y, 8 / 255, 2 / 255, attack.steps, generator=evaluation.stream(0, 0, device=device)
             )
         fooled = (evaluation.predict(model, adversarial) != y) | (evaluation.predict(model, x) != y)
-        robust = torch.stack([fooled[y == label].double().mean() for label in range(state["num_classes"])])
+        robust = torch.stack([fooled[y == label].double().mean() for label in range(len(reference))])
         found[precision] = 100 * float((robust.cpu().numpy() - reference).__abs__().max())
     others = [evaluation.class_errors(model, test, Attack(seed=other)).robust for other in (1, 2)]
     return {
-        "run": f"{dataset} {recipe} seed {seed} ({models.TITLES[state['config']['model']]})",
+        "run": f"{dataset} {recipe} seed {seed} ({models.TITLES[config['model']]})",
         "test_images": len(test),
         "largest_class_difference_points": found,
         "largest_class_difference_of_attack_seeds_points": 100 * max(float(abs(o - reference).max()) for o in others),
@@ -124,9 +123,11 @@ def formats(runs: Path, device: torch.device) -> dict[str, Any]:
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--threads", type=int, help="Of torch on a CPU; default: torch's own.")
-@click.option("--runs", type=click.Path(path_type=Path), default=frlkit.PROJECT / "checkpoints")
+@click.option("--runs", "shipped", type=click.Path(path_type=Path), default=frlkit.PROJECT / "checkpoints")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there.")
-def main(name: str, batch: int, repeats: int, device: str, threads: int | None, runs: Path, out: Path | None) -> None:
+def main(
+    name: str, batch: int, repeats: int, device: str, threads: int | None, shipped: Path, out: Path | None
+) -> None:
     """Time one training step at the paper's scale, extrapolate, and compare number formats on the shipped run."""
     place = data.pick_device(device)
     if threads:
@@ -137,13 +138,13 @@ def main(name: str, batch: int, repeats: int, device: str, threads: int | None, 
         else f"CPU, {torch.get_num_threads()} threads",
         "extrapolated": f"{IMAGES} images, {EPOCHS} epochs, PGD-{STEPS}",
         "cost": cost(name, batch, repeats, place),
-        "formats": formats(runs, place),
+        "formats": formats(shipped, place),
         "versions": records.versions(),
     }
     text = json.dumps(result, indent=1)
     click.echo(text)
     if out:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def measure(epochs: int = recipes.Config("natural").epochs) -> dict[str, float]:
     """Seconds of the whole sweep and of its runs, processes, and the overhead as a share."""
     with tempfile.TemporaryDirectory() as folder, clusters.local("cpu") as (engine, workers):
         path = Path(folder) / "sweep.yaml"
-        path.write_text(SWEEP % epochs)
+        path.write_text(SWEEP % epochs, encoding="utf-8")
         planned = sweeps.plan(path, Path(folder) / "runs")
         clusters._here = timed
         began, own = time.perf_counter(), 0.0

@@ -193,7 +193,7 @@ def outcomes(path: Path, weights: str | None = None) -> dict[str, np.ndarray]:
     Empty where there is no such file, or, with `weights`, where it is of other weights than those of that hash.
     """
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:  # np.load leaves damaged files open
             if weights is not None and str(found["weights_sha256"]) != weights:
                 return {}
             names = [name for name in found.files if name not in ("images", "weights_sha256")]

@@ -145,7 +145,7 @@ MUTANTS = [
         "the average is not restored", "training.py", 'run.average.load_state_dict(state["average"])', "pass", TRAINING
     ),
     Mutant("weights that are NaN pass", "training.py", "        _refuse_nonfinite(run)\n", "", TRAINING),
-    Mutant("weights of another digest pass", "runs.py", '== head["sha256"]', "is not None", TRAINING),
+    Mutant("weights of another digest pass", "runs.py", '== head["sha256"]', "is not None", "test_runs.py"),
     Mutant(
         "a finished run's configuration is not looked at",
         "runs.py",
@@ -153,13 +153,13 @@ MUTANTS = [
         "{}, {})\n    return",
         TRAINING,
     ),
-    Mutant("old outcomes stay", "records.py", 'str(found["weights_sha256"]) != weights', "False", EVALUATION),
+    Mutant("old outcomes stay", "records.py", 'str(found["weights_sha256"]) != weights', "False", "test_records.py"),
     Mutant(
         "other images pass",
         "runs.py",
         'found.get("data_sha256", data.fingerprint) != data.fingerprint',
         "False",
-        TRAINING,
+        "test_runs.py",
     ),
     Mutant("the generation before is lost", "checkpoint.py", "os.replace(path, keep)", "pass", CHECKPOINT),
     Mutant("not flushed to disk", "checkpoint.py", "os.fsync(file.fileno())", "pass", CHECKPOINT),

@@ -30,7 +30,8 @@ def _whole(record: dict[str, Any]) -> dict[str, Any]:
     """Labels are those of a `subset`, and every image fell at a rung, at none, or is not yet attacked."""
     labels, fell, rungs = (record[key] for key in ("labels", "fell", "rungs"))
     classes = labels[-1] + 1
-    if labels != [label for label in range(classes) for _ in range(len(labels) // classes)]:
+    each = len(labels) // classes
+    if not each or labels != [label for label in range(classes) for _ in range(each)]:
         raise KitError("its labels are not class by class, equally many of each")
     if len(fell) != len(labels) or not all(-1 <= number <= len(rungs) for number in fell):
         raise KitError(f"fell is not one number from -1 to {len(rungs)} for each of {len(labels)} images")
