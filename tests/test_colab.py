@@ -34,6 +34,8 @@ from frlkit.report import claims
 NOTEBOOKS = sorted((frlkit.PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 DISPARITY = NOTEBOOKS[0]
 SMOKE = frlkit.PROJECT / "notebooks" / "profiles" / "smoke.yaml"
+#: A locale whose text files are not UTF-8: a CP1252 one is rarely installed; ASCII refuses even more.
+NOT_UTF8 = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 COLAB = {"DRIVE": True, "RUNS": "", "FIGURES": ""}  # runs on Drive, figures in the session's clone
 MARK = 12345.0  # seconds: what the interrupted run's first epoch is made to say it took
 
@@ -303,7 +305,7 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
 def test_setup_fetches_the_kit_and_asks_pip_only_for_what_is_missing(
     colab: Colab, tmp_path: Path, missing: str
 ) -> None:
-    done = run_python(colab, setup_cell() + WHERE, tmp_path, PLAYED_MISSING=missing)
+    done = run_python(colab, setup_cell() + WHERE, tmp_path, PLAYED_MISSING=missing, **NOT_UTF8)
     assert kit_found(done) == tmp_path.resolve() / "frlkit-kit"
     log = tmp_path / "pip.log"
     asked = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
@@ -529,7 +531,8 @@ class TestAddress:
         project = self.copy(tmp_path)
         make = ["make", "--no-print-directory", "address", f"PYTHON={sys.executable} -S"]
         for url, code, said in (("nonsense", 2, "OWNER/NAME"), ("https://github.com/a/b", 0, "README.md\n")):
-            done = subprocess.run([*make, f"URL={url}"], cwd=project, capture_output=True, text=True, timeout=60)
+            words, variables = [*make, f"URL={url}"], {**os.environ, **NOT_UTF8}
+            done = subprocess.run(words, cwd=project, env=variables, capture_output=True, text=True, timeout=60)
             assert done.returncode == code
             assert said in done.stdout + done.stderr
             assert "Traceback" not in done.stderr

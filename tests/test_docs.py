@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from frlkit import PROJECT, KitError, checkpoint, recipes, records, runs
-from frlkit.__main__ import main
 from frlkit.report import claims, coverage, documents
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -120,16 +118,3 @@ def test_shipped_runs_are_what_their_folders_say_and_all_different() -> None:
         if "start" in history and wanted.start != "random":
             start = records.read(runs.start_folder(wanted, folder) / "record.json")
             assert history["start"]["sha256"] == start["weights_sha256"]
-
-
-def test_commands_exist() -> None:
-    commands = re.findall(r"python -m frlkit (\w+)", README)
-    assert {"train", "evaluate"} <= set(commands)
-    for command in commands:
-        assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
-
-
-def test_links_lead_somewhere() -> None:
-    for document in ("README.md", "REPORT.md"):
-        links = re.findall(r"\]\((?!http)([^)]+)\)", (PROJECT / document).read_text(encoding="utf-8"))
-        assert all((PROJECT / Path(link)).exists() for link in links)

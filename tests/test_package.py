@@ -43,6 +43,9 @@ FOR_NOTEBOOKS = (
     "ipykernel",
 )
 
+#: A locale whose text files are not UTF-8: a CP1252 one is rarely installed; ASCII refuses even more.
+NOT_UTF8 = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
 
 def plain_environment(**more: str) -> dict[str, str]:
     """The test's own variables without those that lead Python to this checkout."""
@@ -72,7 +75,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
     source = copy_of_the_source(place)
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
-    run(*pip, "--wheel-dir", place / "built", source, cwd=place)
+    run(*pip, "--wheel-dir", place / "built", source, cwd=place, **NOT_UTF8)
     (built,) = (place / "built").iterdir()
     return built
 
@@ -133,7 +136,7 @@ class TestWheel:
         install(python, wheel)
         (tmp_path / "work" / "frlkit" / "frlkit").mkdir(parents=True)
         words = ("train", "natural", "--dataset", "digits", "--epochs", "1", "--batch-size", "100")
-        run(python.with_name("frlkit"), *words, cwd=tmp_path / "work")
+        run(python.with_name("frlkit"), *words, cwd=tmp_path / "work", **NOT_UTF8)
         assert list((tmp_path / "work" / "checkpoints").rglob("weights.*"))
         shown = run(python, "-m", "frlkit", "--version", cwd=tmp_path / "work").stdout
         assert frlkit.__version__ in shown
