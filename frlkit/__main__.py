@@ -41,10 +41,16 @@ def reproduce(dataset: str, profile: str, retrain: bool, output: Path) -> None:
 
 
 @main.command()
-def report() -> None:
-    """Write the tables of README.md and REPORT.md anew from shipped records, notebooks and benchmark results."""
+@click.option("--check", is_flag=True, help="Write nothing: say where documents and records disagree.")
+def report(check: bool) -> None:
+    """Write the documents' tables and the models' card anew from shipped records, notebooks and benchmark results."""
     from frlkit.report import documents
 
+    if check:
+        if found := documents.check():
+            raise KitError("; ".join(found))
+        click.echo("documents and records agree")
+        return
     changed = documents.refresh()
     click.echo(f"written anew: {', '.join(changed)}" if changed else "every table is up to date")
 
@@ -156,10 +162,11 @@ def sweep(
 
 @main.command(short_help="One row a method, over seeds, from the records of finished runs.")
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--format", "kind", type=Choice(names_of("report.tables", "FORMATS")), default="text", show_default=True)
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Write it there too: .csv or .parquet (numbers), or .md."
+    "--output", type=click.Path(path_type=Path), help="Write it there too: .csv, .json, .parquet (numbers), or .md."
 )
-def table(runs: tuple[Path, ...], output: Path | None) -> None:
+def table(runs: tuple[Path, ...], kind: str, output: Path | None) -> None:
     """Print a table with one row a method, from every finished run in RUNS..., such as checkpoints/digits.
 
     Errors in %, mean ± sd over seeds, and a bootstrap 95 % interval of the worst class.
@@ -167,23 +174,18 @@ def table(runs: tuple[Path, ...], output: Path | None) -> None:
     from frlkit import checkpoint
     from frlkit.report import tables
 
-    kind = output.suffix if output else ".md"
-    if kind not in (".csv", ".parquet", ".md"):
-        raise KitError(f"--output {output} is not allowed: use a name that ends in .csv, .parquet or .md")
-    if kind == ".parquet" and find_spec("pyarrow") is None:
+    written = {".csv": "csv", ".json": "json", ".md": "markdown", ".parquet": "parquet"}
+    if output and output.suffix not in written:
+        raise KitError(f"--output {output} is not allowed: use a name that ends in {', '.join(written)}")
+    if output and output.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise KitError(f"--output {output} needs a library that is not there: pip install pyarrow")
     records = tables.collect(runs)
-    shown = tables.by_method(records)
-    text = tables.markdown(shown.columns, shown.to_numpy()) + "\n"
-    click.echo(text, nl=False)
-    if output:
+    click.echo(tables.rendered(records, kind), nl=False)
+    if output and output.suffix == ".parquet":
         numbers = tables.by_method(records, tables.statistics)
-        contents = {
-            ".csv": lambda: numbers.to_csv(index=False).encode(),
-            ".parquet": lambda: numbers.to_parquet(engine="pyarrow", index=False),
-            ".md": lambda: text.encode(),
-        }
-        checkpoint.write_atomically(output, contents[kind]())
+        checkpoint.write_atomically(output, numbers.to_parquet(engine="pyarrow", index=False))
+    elif output:
+        checkpoint.write_atomically(output, tables.rendered(records, written[output.suffix]).encode())
 
 
 @main.command()

@@ -166,6 +166,15 @@ MUTANTS = [
     Mutant("digest ignored", "checkpoint.py", "digest(state) == found", "True", CHECKPOINT),
     Mutant("strangers' code is run", "checkpoint.py", "weights_only=True)\n", "weights_only=False)\n", CHECKPOINT),
     Mutant("no lock", "disk.py", "if lock(descriptor) and os", "if os", CHECKPOINT),
+    Mutant("no lock", "disk.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", CHECKPOINT),
+    Mutant("a lock on no name", "disk.py", "os.path.samestat(os.fstat(descriptor), os.stat(path))", "True", CHECKPOINT),
+    Mutant("what fails to go stays locked", "disk.py", "            hold.release()\n", "", CHECKPOINT),
+    Mutant("NaN weights go on", "checkpoint.py", "if name := nonfinite(state):", "if False:", CHECKPOINT),
+    Mutant(
+        "an unreadable file is damaged", "checkpoint.py", "except ReadError:", "except ZeroDivisionError:", CHECKPOINT
+    ),
+    Mutant("anyone's library", "kernels/build.py", "status.st_mode & 0o022", "False", "test_kernels.py"),
+    Mutant("any flag", "kernels/build.py", "if flag.startswith(CHANGING)", "if False", "test_kernels.py"),
     Mutant("other configurations pass", "checkpoint.py", "found.get(name) != wanted.get(name)", "False", CHECKPOINT),
     Mutant("a damaged copy counts", "checkpoint.py", "draft.read_bytes() != file.read_bytes()", "False", CHECKPOINT),
     Mutant("litter stays", "disk.py", "for file in _litter(folder, name):", "for file in ():", CHECKPOINT),

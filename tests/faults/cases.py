@@ -293,7 +293,7 @@ def killed_driver(stage: Stage, name: str, runs: Path, *, kind: str, number: int
         done = subprocess.run([*command, straight], **quiet)
         assert done.returncode == 0, done.stdout
     with subprocess.Popen([*command, runs], **quiet) as driver:
-        wait_for(lambda: len(list(runs.glob("digits/*/seed0/*"))) >= number or driver.poll() is not None)
+        wait_for(lambda: len(list(runs.glob("digits/*/seed0/*"))) >= number or driver.poll() is not None, 300)
         driver.send_signal(signal.Signals[kind])
         said = driver.communicate(timeout=120)[0]
     assert "Traceback" not in said, said
