@@ -165,7 +165,6 @@ MUTANTS = [
     Mutant("not flushed to disk", "checkpoint.py", "os.fsync(file.fileno())", "pass", CHECKPOINT),
     Mutant("digest ignored", "checkpoint.py", "digest(state) == found", "True", CHECKPOINT),
     Mutant("strangers' code is run", "checkpoint.py", "weights_only=True)\n", "weights_only=False)\n", CHECKPOINT),
-    Mutant("no lock", "disk.py", "if lock(descriptor) and os", "if os", CHECKPOINT),
     Mutant("no lock", "disk.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", CHECKPOINT),
     Mutant("a lock on no name", "disk.py", "os.path.samestat(os.fstat(descriptor), os.stat(path))", "True", CHECKPOINT),
     Mutant("what fails to go stays locked", "disk.py", "            hold.release()\n", "", CHECKPOINT),
