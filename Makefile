@@ -7,8 +7,8 @@
 ## make bench       speed on this machine
 ## make address URL=https://github.com/OWNER/NAME     a fork's address in badges, set-up cells, README and pyproject.toml
 ##
-## Needs Python 3.10 or newer (make PYTHON=python3.12 ...). The first call makes .venv from requirements.lock: 6.8 GB on
-## Linux, 5 of them torch with CUDA. Without a GPU, PyTorch's CPU-only wheels are enough and far smaller; pip prefers them
+## Needs Python 3.10 or newer (make PYTHON=python3.12 ...). The first call makes .venv from requirements.lock: about 6 GB
+## on Linux, 5 of them torch with CUDA. Without a GPU, PyTorch's CPU-only wheels are enough and far smaller; pip prefers them
 ## where it also looks into their index:
 ##     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make reproduce
 PYTHON  ?= python3

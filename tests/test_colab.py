@@ -28,7 +28,7 @@ import pytest
 import torch
 
 import frlkit
-from frlkit import checkpoint, origin
+from frlkit import checkpoint, origin, runs
 from frlkit.report import claims
 
 NOTEBOOKS = sorted((frlkit.PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -236,9 +236,8 @@ def colab(tmp_path_factory: pytest.TempPathFactory) -> Colab:
     (site / "played_missing.py").write_text(HIDE, encoding="utf-8")
     (site / "played_missing.pth").write_text("import played_missing\n", encoding="utf-8")
 
-    repository = (
-        place / "kit.git"
-    )  # holds the working tree as it is, committed or not, but for shipped runs and figures
+    # It holds the working tree as it is, committed or not, but for shipped runs and figures.
+    repository = place / "kit.git"
     tree = ("--git-dir", repository, "--work-tree", frlkit.PROJECT)
     git("init", "--quiet", "--bare", repository)
     git(*tree, "add", "--all", "--", frlkit.PROJECT, ":!checkpoints", ":!figures")
@@ -266,9 +265,9 @@ def setup_cell() -> str:
     return next(cell for cell in nbformat.read(DISPARITY, as_version=4).cells if cell.cell_type == "code").source
 
 
-def finished_runs(runs: Path) -> dict[str, Path]:
+def finished_runs(place: Path) -> dict[str, Path]:
     """RECIPE/seedN -> folder, of the finished runs of one data set."""
-    return {str(file.parent.relative_to(runs)): file.parent for file in sorted(runs.rglob("weights.pt"))}
+    return {str(file.parent.relative_to(place)): file.parent for file in sorted(place.rglob(runs.WEIGHTS))}
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
@@ -449,13 +448,13 @@ def test_a_lost_session_goes_on_in_a_new_one(machines: Machines, tmp_path: Path)
     kept = broken / "frlkit" / "checkpoints" / "digits"
     run = kept / interrupted
     session.kill_kernel_when(run / "checkpoint.pt")
-    assert not (run / "weights.pt").exists()
+    assert not (run / runs.WEIGHTS).exists()
     shutil.rmtree(session.folder)
     state = checkpoint.read(run / "checkpoint.pt")
     assert state["epoch"] == len(state["history"]) == 1
     state["history"][0]["seconds"] = MARK  # a run that began again would not say so at its end
     checkpoint.save(run / "checkpoint.pt", state)
-    earlier = {file: file.stat().st_mtime_ns for file in broken.rglob("weights.pt")}
+    earlier = {file: file.stat().st_mtime_ns for file in broken.rglob(runs.WEIGHTS)}
     assert earlier
 
     machines.open(source, tmp_path / "new", broken).finish()
@@ -466,8 +465,9 @@ def test_a_lost_session_goes_on_in_a_new_one(machines: Machines, tmp_path: Path)
     found = finished_runs(kept)
     assert list(found) == list(expected)
     for name, folder in found.items():
-        ours, theirs = (checkpoint.read(place / "weights.pt") for place in (folder, expected[name]))
-        assert checkpoint.digest(ours) == checkpoint.digest(theirs), name
+        ours, theirs = (runs.read_weights(place / runs.WEIGHTS) for place in (folder, expected[name]))
+        assert checkpoint.digest(dict(ours[0].state_dict())) == checkpoint.digest(dict(theirs[0].state_dict())), name
+        assert ours[1] == theirs[1]
         assert epochs(folder) == epochs(expected[name])
         assert (folder / "record.json").read_bytes() == (expected[name] / "record.json").read_bytes()
 
