@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frlkit import KitError
-from frlkit.report import claims, rules, statistics
+from frlkit.report import claims, names, rules, statistics
 from frlkit.report.claims import Claim, Scope
 from frlkit.report.rules import Comparison, Question
 
@@ -235,7 +235,10 @@ def test_verdicts_together(parts: list[str], whole: str) -> None:
 
 def test_differences_pair_the_seeds_and_miss_what_is_missing() -> None:
     index = pd.MultiIndex.from_tuples(
-        [("uniform", 0), ("uniform", 1), ("algorithm1_reweight", 1), ("algorithm1_reweight", 2)],
+        [
+            (names.recipe(title), seed)
+            for title, seed in (("Control", 0), ("Control", 1), ("Reweight", 1), ("Reweight", 2))
+        ],
         names=["recipe", "seed"],
     )
     scored = pd.DataFrame({"robust worst": [50.0, 60.0, 45.0, 1.0]}, index=index)
@@ -243,7 +246,7 @@ def test_differences_pair_the_seeds_and_miss_what_is_missing() -> None:
     assert change.to_dict() == {1: -15.0}
     assert change.name == "Reweight − Control"
     assert rules.minus(scored, "Output biases alone", "Control", "robust worst").empty
-    assert rules.minus(scored, "uniform", "Control", "robust worst").tolist() == [0.0, 0.0]
+    assert rules.minus(scored, names.recipe("Control"), "Control", "robust worst").tolist() == [0.0, 0.0]
 
 
 def test_unknown_claims_are_refused() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from frlkit import PROJECT, KitError
@@ -52,15 +53,33 @@ def test_finished_runs_are_read_and_others_left_out(tmp_path: Path) -> None:
             made = {**made, "config": {**config, **changed}}
             (place / f"{name}.json").write_text(json.dumps(made), encoding="utf-8")
 
-    put("uniform", 0)
-    put("uniform", 2)
-    put("dafa", 0, epochs=3)  # another length than asked for
+    control = names.recipe("Control")
+    put(control, 0)
+    put(control, 2)
+    put(names.recipe("DAFA"), 0, epochs=3)  # another length than asked for
     titles = ["Control", "DAFA", "Reweight", "no such recipe"]
     found, histories = studies.study(titles, [0, 1, 2], "fashion_mnist", tmp_path, None, **LENGTHS)
-    assert list(found) == list(histories) == ["uniform"]
+    assert list(found) == list(histories) == [control]
     with pytest.raises(KitError, match=r"no finished run of DAFA \(fashion_mnist\) in .*, and no data to train it"):
         studies.study(titles, [0], "fashion_mnist", tmp_path, None, needed=["Control", "DAFA"], **LENGTHS)
-    assert [one["config"]["seed"] for one in found["uniform"]] == [0, 2]
+    assert [one["config"]["seed"] for one in found[control]] == [0, 2]
+
+
+def test_outcomes_of_the_seeds_that_both_kept(tmp_path: Path) -> None:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for recipe, seeds in ((names.recipe("Control"), (0, 1)), (names.recipe("DAFA"), (1, 2))):
+        for seed in seeds:
+            place = tmp_path / "fashion_mnist" / recipe / f"seed{seed}"
+            place.mkdir(parents=True)
+            right = np.array([seed == 1, True, "dafa" in recipe])
+            kept = {"images": np.array(3), "weights_sha256": np.array("w"), "clean": np.packbits(right)}
+            np.savez(place / "outcomes.npz", **kept)
+            found.setdefault(recipe, []).append({"config": {"seed": seed}, "weights_sha256": "w"})
+    ours, theirs = studies.outcomes(found, ["DAFA", "Control"], tmp_path, "clean", "fashion_mnist", **LENGTHS)
+    assert ours.tolist() == [[True, True, True]]
+    assert theirs.tolist() == [[True, True, False]]
+    ours, _ = studies.outcomes(found, ["DAFA", "Control"], tmp_path, "PGD", "fashion_mnist", **LENGTHS)
+    assert len(ours) == 0
 
 
 def test_shipped_base_runs_are_found() -> None:

@@ -263,9 +263,10 @@ class TestCollected:
         assert frame.loc["trades"].filter(like=" sd").isna().all()
 
     def test_what_is_printed_is_the_notebooks_summary(self, tmp_path: Path) -> None:
-        result = table(SHIPPED / "pgd_at", "--output", tmp_path / "out.md")
+        result = table(SHIPPED / "pgd_at", "--format", "markdown", "--output", tmp_path / "out.md")
         assert result.exit_code == 0, result.output
-        assert (tmp_path / "out.md").read_text() == result.stdout
+        assert table(SHIPPED / "pgd_at").stdout == tables.rendered(tables.collect([SHIPPED / "pgd_at"]), "text")
+        assert (tmp_path / "out.md").read_text(encoding="utf-8") == result.stdout
         head, _, row = (line.strip("| ").split(" | ") for line in result.stdout.splitlines())
         shown = dict(zip(head, row, strict=True))
         summary = tables.summary(tables.tidy(tables.collect([SHIPPED / "pgd_at"])["fashion_mnist"]))
@@ -318,7 +319,7 @@ class TestCollected:
         ("words", "said"),
         [
             (["nowhere"], "there are no finished runs in nowhere"),
-            ([str(SHIPPED), "--output", "out.xlsx"], "use a name that ends in .csv, .parquet or .md"),
+            ([str(SHIPPED), "--output", "out.xlsx"], "use a name that ends in .csv, .json, .md, .parquet"),
             ([], "Missing argument 'RUNS...'"),
         ],
     )

@@ -20,6 +20,7 @@ from frlkit.evaluation import Attack
 from frlkit.records import read
 from frlkit.report import claims, names, tables
 
+SHORTER = " (first edition's length only)"
 STATUSES = {"R": "reproduced", "P": "partly", "B": "built, not run", "N": "not"}
 
 
@@ -50,10 +51,13 @@ def shown(project: Path = PROJECT) -> Shown:
 def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
     """Missing runs of a title (or recipe), as words; empty where there are enough."""
     dataset, asked = evidence.get("data", "fashion_mnist"), evidence.get("seeds", 1)
-    folder = found.project / "checkpoints" / dataset / names.recipe(evidence["runs"])
-    count = len(list(folder.glob("seed*/record.json")))
+    recipe = names.METHODS.get(evidence["runs"], evidence["runs"])  # as it stands now, not `names.edition`
+    place = found.project / "checkpoints" / dataset
+    count, shorter = (len(list((place / name).glob("seed*/record.json"))) for name in (recipe, names.edition(recipe)))
     where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
-    return "" if count >= asked else f"{names.title(names.recipe(evidence['runs']))}{where}: {count} of {asked} seeds"
+    if count >= asked:
+        return ""
+    return f"{names.title(recipe)}{where}: {count} of {asked} seeds" + (SHORTER if shorter >= asked else "")
 
 
 def _verdict(evidence: Mapping[str, Any], found: Shown) -> str:
@@ -111,7 +115,7 @@ def status(row: Mapping[str, Any], found: Shown) -> tuple[str, str]:
         return "R", ""
     reason = "; ".join([*dict.fromkeys(lacking), *([row["why"]] if "why" in row else [])])
     stands_in = "analogue" in row and not any(_missing(row["analogue"], found))
-    if stands_in or len(lacking) < len(missing):
+    if stands_in or len(lacking) < len(missing) or any(words.endswith(SHORTER) for words in lacking):
         return "P", reason
     return (
         "B" if row.get("built") or any({"runs", "verdict", "attack"} & set(e) for e in row["shown"]) else "N"

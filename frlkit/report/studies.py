@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from frlkit import KitError, records, runs
 from frlkit.data import Dataset
 from frlkit.recipes import BASE, RECIPES, configure, described
@@ -73,6 +75,27 @@ def finished(
                 found.setdefault(recipe, []).append(record)
                 histories.setdefault(recipe, []).append(history)
     return found, histories
+
+
+def outcomes(
+    found: Records, pair: Sequence[str], folder: Path, attack: str, dataset: str, **lengths: int
+) -> list[np.ndarray]:
+    """Whether two methods are right about each test image under an attack (its name, or "clean"): two (S, N) arrays.
+
+    A row for each seed of which both methods kept their outcomes; no rows where there are none. For
+    `statistics.paired_worst`.
+    """
+    kept: list[dict[int, np.ndarray]] = []
+    for recipe in map(names.recipe, pair):
+        kept.append({})
+        for record in found.get(recipe, []):
+            seed = record["config"]["seed"]
+            place = runs.folder(folder, recipe, configure(recipe, dataset, seed, **values(recipe, **lengths)))
+            right = records.outcomes(place / records.OUTCOMES, record["weights_sha256"])
+            if attack in right:
+                kept[-1][seed] = right[attack]
+    seeds = sorted(set(kept[0]) & set(kept[1]))
+    return [np.array([one[seed] for seed in seeds]) for one in kept]
 
 
 def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengths: int) -> float:
