@@ -35,6 +35,11 @@ def folder(runs: Path, recipe: str, config: Config) -> Path:
     return runs / folder_name(config.dataset) / spelled(recipe) / f"seed{config.seed}"
 
 
+def files(place: Path) -> dict[str, bytes]:
+    """A finished run's files by name; outcomes where it has them."""
+    return {name: (place / name).read_bytes() for name in FILES if name != records.OUTCOMES or (place / name).exists()}
+
+
 def start_folder(config: Config, place: Path) -> Path:
     """Where the run lives that the retraining run in `place` starts from: beside it."""
     return place.parents[1] / config.start / place.name  # type: ignore[attr-defined]

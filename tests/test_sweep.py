@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from frlkit import PROJECT, KitError, data, recipes, runs, training
+from frlkit import PROJECT, KitError, data, recipes, records, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
 from frlkit.scale import clusters, sweeps
@@ -588,3 +588,53 @@ class TestAway:
         config = recipes.configure("natural", "digits", 0)
         monkeypatch.setattr(clusters, "_data", lambda *words: load(words[0]))
         assert clusters.away("natural", config, {}, "cpu") == ({}, "set FRLKIT_DATA")
+
+
+class TestReceived:
+    """What a worker sends back is kept only if it is this run's, whole and at one with itself."""
+
+    @pytest.fixture
+    def run(self, serial: Path, tmp_path: Path) -> Run:
+        """The first run of a sweep whose folder is empty; its files lie under `serial`."""
+        return sweeps.plan(written(tmp_path, SHORT), tmp_path / "empty")[0]
+
+    @pytest.fixture
+    def sent(self, run: Run, serial: Path) -> dict[str, bytes]:
+        return runs.files(serial / run.name)
+
+    def test_its_own_files_are_kept(self, run: Run, sent: dict[str, bytes]) -> None:
+        clusters.receive(run, sent)
+        assert run.done and runs.files(run.folder) == sent
+
+    @pytest.mark.parametrize("name", [runs.WEIGHTS, "history.json", "record.json", records.OUTCOMES])
+    def test_a_file_cut_short(self, run: Run, sent: dict[str, bytes], name: str) -> None:
+        with pytest.raises(KitError):
+            clusters.receive(run, {**sent, name: sent[name][: len(sent[name]) // 2]})
+        assert not run.folder.exists()
+
+    @pytest.mark.parametrize("name", [runs.WEIGHTS, "history.json", "record.json"])
+    def test_a_missing_or_foreign_file(
+        self, run: Run, sent: dict[str, bytes], serial: Path, tmp_path: Path, name: str
+    ) -> None:
+        with pytest.raises(KitError, match=f"the worker sent no {name}"):
+            clusters.receive(run, {key: value for key, value in sent.items() if key != name})
+        other = sweeps.plan(written(tmp_path, SHORT), tmp_path / "empty")[1]
+        with pytest.raises(KitError, match="belongs to another run|of other weights"):
+            clusters.receive(run, {**sent, name: (serial / other.name / name).read_bytes()})
+        assert not run.folder.exists()
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("history.json", lambda content: content.update(epochs=content["epochs"][:1])),
+            ("record.json", lambda content: content.update(attacks=content["attacks"][:1])),
+            ("record.json", lambda content: content.update(weights_sha256="0" * 64)),
+        ],
+        ids=["epochs missing", "attacks missing", "other weights"],
+    )
+    def test_a_forged_one(self, run: Run, sent: dict[str, bytes], name: str, change: Callable[[Any], None]) -> None:
+        content = json.loads(sent[name])
+        change(content)
+        with pytest.raises(KitError):
+            clusters.receive(run, {**sent, name: json.dumps(content).encode()})
+        assert not run.folder.exists()

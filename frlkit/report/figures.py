@@ -169,12 +169,14 @@ def one_class(table: pd.DataFrame, note: str) -> Figure:
 
 def confusion_map(change: pd.DataFrame, note: str) -> Figure:
     """Heat map of a change of `mechanism.confusion`, in points of the true class's images: red pays, blue gains."""
-    figure, axis = plt.subplots(figsize=(8.4, 6.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11, 7), layout="constrained")
     size = float(np.abs(change.to_numpy()).max())
     labels = {"xticklabels": [literal(n) for n in change.columns], "yticklabels": [literal(n) for n in change.index]}
+    change = change.round(1) + 0.0  # no minus zero
     sns.heatmap(change, annot=True, fmt=".1f", cmap="RdBu_r", vmin=-size, vmax=size, cbar=False, ax=axis, **labels)
     axis.set(xlabel="ends in (target)", ylabel="true class (source)")
     axis.tick_params(axis="x", rotation=35)
+    axis.tick_params(axis="y", rotation=0)
     heading(figure, note)
     return figure
 

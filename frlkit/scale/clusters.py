@@ -10,14 +10,15 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, data, disk, recipes, runs
+from frlkit import KitError, checkpoint, data, disk, recipes, records, runs
+from frlkit.evaluation import Attack
 from frlkit.recipes import Config
 from frlkit.scale.sweeps import Engine, Run
 
@@ -135,13 +136,10 @@ def cluster(backend: str, address: str, device: str = "auto", shares: int = 1) -
 
     def one(run: Run) -> tuple[Path, str, str]:
         try:
-            start = {name: (run.start.folder / name).read_bytes() for name in runs.FILES} if run.start else {}
+            start = runs.files(run.start.folder) if run.start else {}
             files, error = carry_out(run.recipe, run.config, start, device)
             if not error:
-                with disk.only_one(run.folder):
-                    for name in runs.FILES:
-                        checkpoint.write_atomically(run.folder / name, files[name])
-                    checkpoint.remove(run.folder / "checkpoint.pt")
+                receive(run, files)
         except Exception as trouble:  # its worker died again and again, or the disk is full
             return run.folder, _sentence(trouble), ""
         return run.folder, error, ""
@@ -156,6 +154,35 @@ def cluster(backend: str, address: str, device: str = "auto", shares: int = 1) -
         yield engine, workers
     finally:
         leave()
+
+
+def receive(run: Run, files: Mapping[str, bytes]) -> None:
+    """Keep what a worker sent back: only this run's own files, whole and at one with each other, reach its folder.
+
+    Raises `KitError` where a file is missing or damaged, weights, record or history are another run's, the record is of
+    other weights or lacks an attack, or the history lacks epochs. It is that run's failure alone.
+    """
+    if missing := set(runs.FILES) - {records.OUTCOMES} - set(files):
+        raise KitError(f"the worker sent no {min(missing)}")
+    with tempfile.TemporaryDirectory(prefix="frlkit-") as scratch:
+        place = Path(scratch)
+        for name in set(runs.FILES) & set(files):
+            (place / name).write_bytes(files[name])
+        model, config = runs.read_weights(place / runs.WEIGHTS)
+        record, history = records.read(place / "record.json"), records.read_history(place / "history.json")
+        records.outcomes(place / records.OUTCOMES)
+    for found in (config, record.get("config", {}), history["config"]):
+        checkpoint.refuse_other(run.folder, found, recipes.described(run.config))
+    if record.get("weights_sha256") != checkpoint.digest(dict(model.state_dict())):
+        raise KitError("the worker's record is of other weights than it sent")
+    done = {Attack(**entry["attack"]) for entry in record["attacks"]}
+    if len(history["epochs"]) != run.config.epochs or not done >= set(records.standard(run.config.dataset)):
+        raise KitError("the worker sent an unfinished run")
+    with disk.only_one(run.folder):
+        for name in runs.FILES:
+            if name in files:
+                checkpoint.write_atomically(run.folder / name, files[name])
+        checkpoint.remove(run.folder / "checkpoint.pt")
 
 
 def _ray(address: str, device: str, shares: int) -> tuple[Callable[..., Any], int, Callable[[], None]]:
@@ -194,7 +221,7 @@ def away(recipe: str, config: Config, start: dict[str, bytes], device: str) -> t
             checkpoint.write_atomically(runs.start_folder(config, place) / name, content)
         tensors = _data(config.dataset, str(data.root()), str(data.pick_device(device)))
         runs.run(config, tensors, place)
-        files = {name: (place / name).read_bytes() for name in runs.FILES}
+        files = runs.files(place)
     except Exception as error:  # told by name and sentence: not every exception survives the way back
         return {}, _sentence(error)
     shutil.rmtree(scratch, ignore_errors=True)
