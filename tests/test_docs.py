@@ -18,7 +18,8 @@ README = (PROJECT / "README.md").read_text(encoding="utf-8")
 @pytest.fixture
 def copies(tmp_path: Path) -> Path:
     for name in documents.DOCUMENTS:
-        shutil.copy(PROJECT / name, tmp_path)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
     return tmp_path
 
 
@@ -29,7 +30,7 @@ def test_every_table_is_what_records_and_notebooks_say(copies: Path) -> None:
 def test_an_altered_number_is_written_anew(copies: Path) -> None:
     text = (copies / "README.md").read_text(encoding="utf-8")
     number = re.search(r"\d+\.\d ± \d\.\d", text)[0]
-    (copies / "README.md").write_text(text.replace(number, "99.9 ± 9.9", 1))
+    (copies / "README.md").write_text(text.replace(number, "99.9 ± 9.9", 1), encoding="utf-8")
     assert documents.refresh(copies) == ["README.md"]
     assert (copies / "README.md").read_text(encoding="utf-8") == text
 
@@ -40,7 +41,7 @@ def test_check_says_what_disagrees_and_writes_nothing(copies: Path) -> None:
     altered = text.replace(re.search(r"\d+\.\d ± \d\.\d", text)[0], "99.9 ± 9.9", 1)
     (copies / "README.md").write_text(altered, encoding="utf-8")
     assert documents.check(copies) == [
-        "README.md: table 'disparity' is not what its records say: run frlkit report",
+        "README.md: table 'fairness' is not what its records say: run frlkit report",
     ]
     assert (copies / "README.md").read_text(encoding="utf-8") == altered
 
@@ -93,7 +94,7 @@ class TestCoverage:
 
 
 def test_an_unknown_table_is_refused(copies: Path) -> None:
-    (copies / "README.md").write_text("<!-- table tabel -->\n<!-- end -->\n")
+    (copies / "README.md").write_text("<!-- table tabel -->\n<!-- end -->\n", encoding="utf-8")
     with pytest.raises(KitError, match="table 'tabel' is unknown: use one of disparity"):
         documents.refresh(copies)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
-from frlkit import PROJECT, KitError, notebook
+from frlkit import PROJECT, KitError, data, notebook
 from frlkit.notebook import PARAMETERS, ParameterError
 
 GOOD: dict[str, Any] = {
@@ -109,7 +109,7 @@ class TestValues:
             *(("DRIVE", value) for value in ("true", "True", "", 1, 0, None)),
             *(("EPOCHS", value) for value in ("3", 3.0, True, 0, 1001, math.nan, None, [3])),
             *(("ALPHAS", [value]) for value in ("8/255", "0.5", True, False, math.nan, math.inf, -0.1, 1001, None)),
-            *(("DATASET", value) for value in ("mnist", "Digits", "", None, ["digits"], 1)),
+            *(("DATASET", value) for value in ("emnist", "Digits", "", None, ["digits"], 1)),
             *(
                 ("FRL_SEEDS", value)
                 for value in ([], [0, 0], [0, "1"], [0, True], [-1], [0.0], "[0, 1]", 0, (0, 1), None)
@@ -139,7 +139,7 @@ class TestValues:
                 'a list whose items are each a number from 0 to 1,000 (with papermill: -y "ALPHAS: [a, b]")',
             ),
             ("DRIVE", "true", "True or False (with papermill: -p DRIVE True, capital T)"),
-            ("DATASET", "mnist", "one of fashion_mnist, digits, cifar10, svhn, gtsrb, gtsrb17, or folder:PATH"),
+            ("DATASET", "emnist", f"one of {', '.join(data.READERS)}, or folder:PATH"),
             ("FRL_SEEDS", [0, 10**7], "a list whose items are each a whole number from 0 to 1,000,000"),
             ("FRL_SEEDS", [], "a non-empty list without repeats"),
             ("RECIPES", ["trades", "pgd_at"], "a list that begins with 'natural', the reference, and has another"),

@@ -106,7 +106,7 @@ class TestWheel:
         with zipfile.ZipFile(wheel) as archive:
             found = {name for name in archive.namelist() if name.startswith("frlkit/")}
         package = [path for path in (PROJECT / "frlkit").rglob("*") if "__pycache__" not in path.parts]
-        wanted = [path for path in package if path.suffix in (".py", ".cpp", ".j2") or path.name == "py.typed"]
+        wanted = [path for path in package if path.suffix in (".py", ".cpp", ".j2", ".yaml") or path.name == "py.typed"]
         assert found == {path.relative_to(PROJECT).as_posix() for path in wanted}
         assert {"frlkit/py.typed", "frlkit/kernels/lenet5.cpp"} <= found
 

@@ -1,4 +1,4 @@
-"""``python -m frlkit report``: the tables of README.md and REPORT.md, written from records, notebooks and benchmarks.
+"""``python -m frlkit report``: the tables of README, REPORT and docs/, written from records, notebooks and benchmarks.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; everything else in a document is prose.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from frlkit import PROJECT, KitError, checkpoint, models, recipes, records
-from frlkit.report import cards, claims, coverage, names, published, tables
+from frlkit.report import cards, claims, coverage, front, names, published, tables
 
-DOCUMENTS = ("README.md", "REPORT.md")
+DOCUMENTS = ("README.md", "REPORT.md", "docs/results.md", "docs/speed.md")
 CARD = "checkpoints/README.md"
 #: README's retrained models, by title; those without finished runs are left out.
 FAIR = (
@@ -86,8 +86,8 @@ def disparity() -> str:
 def fairness() -> str:
     found = shipped(FAIR)
     means = tables.means(tables.scores(found))
-    rows = [[names.title(recipe), f"`{recipe}`", *row, len(found[recipe])] for recipe, row in means.iterrows()]
-    return tables.markdown(["", "recipe", *means.columns, "seeds"], rows)
+    rows = [[names.title(recipe), *row, len(found[recipe])] for recipe, row in means.iterrows()]
+    return tables.markdown(["", *means.columns, "seeds"], rows)
 
 
 def claims_of(number: str) -> Callable[[], str]:
@@ -178,5 +178,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "slice": slice_,
     "coverage": coverage.table,
+    "notebooks": front.notebooks,
     **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
 }
