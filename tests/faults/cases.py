@@ -131,17 +131,18 @@ def other_configuration(stage: Stage, name: str, runs: Path) -> int:
 
 @contextmanager
 def small_disk(options: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """A disk of its own, and what changes its size; skips where mounting is not permitted."""
-    place = temporary()
+    """A folder that is a disk of its own, and what changes its size; skips where mounting is not permitted."""
+    place = temporary() / "runs"
+    place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        place.rmdir()
+        shutil.rmtree(place.parent)
         pytest.skip("needs the right to mount a tmpfs")
     try:
         yield place, lambda size: void(subprocess.run(["mount", "-o", f"remount,{size}", place], check=True))
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
-        place.rmdir()
+        shutil.rmtree(place.parent)
 
 
 def void(_: Any) -> None:
@@ -150,15 +151,15 @@ def void(_: Any) -> None:
 
 def full_disk(stage: Stage, name: str, runs: Path, *, options: str) -> int:
     """A real one, of so many bytes or files: refused in one sentence, or enough; then there is room."""
-    with small_disk(options) as (disk, resize):
-        outcome = stage.start(name, disk / runs.name)
+    with small_disk(options) as (disk, resize):  # instead of `runs`
+        outcome = stage.start(name, disk)
         assert not re.search(r"Traceback|Errno|os error", outcome.said), outcome.said
         if outcome.code != 0:
             assert outcome.code == 1, outcome.said
             assert_one_sentence(outcome.said)
             assert os.strerror(errno.ENOSPC) in outcome.said
         resize("size=64m,nr_inodes=1000")
-        return stage.finish(name, disk / runs.name)
+        return stage.finish(name, disk)
 
 
 KERNEL = """
