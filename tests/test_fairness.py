@@ -480,7 +480,7 @@ class TestRecipes:
         """But for radius and attack alone: the controls and constant_margin weigh alike."""
         weighted = [name for name in recipes.FAIR if name.split("_")[-1] in ("reweight", "remargin", "both")]
         weighted.remove("random_start_both")  # algorithm1_both's rule from another start
-        weighted += ["shrunk_margin", "dafa", "one_class", "uniform", "natural_only", "boundary_only", "radii_only"]
+        weighted += ["shrunk_margin", "dafa", "one_class", "uniform", "natural_only", "boundary_only"]
         found = {name: torch.cat(settings_after(name)[-1]) for name in weighted}
         for first, second in itertools.combinations(weighted, 2):
             assert not torch.allclose(found[first], found[second], atol=1e-6), (first, second)
