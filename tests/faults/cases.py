@@ -296,7 +296,11 @@ def killed_driver(stage: Stage, name: str, runs: Path, *, kind: str, number: int
     with subprocess.Popen([*command, runs], **quiet) as driver:
         wait_for(lambda: len(list(runs.glob("digits/*/seed0/*"))) >= number or driver.poll() is not None, 300)
         driver.send_signal(signal.Signals[kind])
-        said = driver.communicate(timeout=120)[0]
+        try:
+            said = driver.communicate(timeout=120)[0]
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            raise AssertionError(f"the driver hangs after {kind}: {driver.communicate()[0]}") from None
     assert "Traceback" not in said, said
     done = subprocess.run([*command, runs], **quiet, timeout=300)
     assert done.returncode == 0, done.stdout
