@@ -67,7 +67,7 @@ class TestCoverage:
             ({"shown": [{"theory": "Theorem 8"}], "why": "w"}, "N", "notebook 02 has no claim on Theorem 8; w"),
             ({"shown": [{"theory": "Theorem 8"}], "built": True}, "B", "notebook 02 has no claim on Theorem 8"),
             ({"shown": [{"runs": "PGD-AT", "seeds": 5}]}, "R", ""),
-            ({"shown": [{"runs": "PGD-AT", "seeds": 99}]}, "B", "PGD-AT: 5 of 99 seeds"),
+            ({"shown": [{"runs": "TRADES", "seeds": 99}]}, "B", "TRADES: 5 of 99 seeds"),
             (
                 {"shown": [{"runs": "PGD-AT", "data": "svhn"}], "analogue": [{"runs": "PGD-AT"}]},
                 "P",
