@@ -22,7 +22,8 @@ SHIPPED = PROJECT / "checkpoints" / "fashion_mnist"
 
 
 def read(recipe: str, seeds: int, name: str = "record") -> list[dict[str, Any]]:
-    (folder, *_) = sorted((p for p in SHIPPED.iterdir() if p.name.split(",")[0] == recipe), key=lambda p: len(p.name))
+    shipped = sorted((p for p in SHIPPED.iterdir() if p.name.split(",")[0] == recipe), key=lambda p: len(p.name))
+    folder = next(p for p in shipped if (p / f"seed{seeds - 1}").exists())
     places = [folder / f"seed{seed}" / f"{name}.json" for seed in range(seeds)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in places]
 
