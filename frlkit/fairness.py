@@ -118,7 +118,7 @@ def setting(state: State, rule: Rule) -> Setting:
 
     Weights by `rule.weighting`: "lagrangian" 1/C + phi_i - mean(phi); "softmax" the report's softmax(1 + phi), which
     ignores whatever all classes share, so that average and tolerance have no effect; "printed" 1/C + phi_i, the weights
-    of Algorithm 1 as printed, whose sum grows; "intercept" all equal, since the multipliers move output biases instead.
+    of Algorithm 1 as printed, whose sum grows; "intercept" all equal, since the multipliers move the output layer instead.
     """
     low, high = _log_caps(rule)
     weights = {
@@ -131,7 +131,8 @@ def setting(state: State, rule: Rule) -> Setting:
 
 
 def offsets(state: State) -> Tensor:
-    """What the intercept control adds to the output biases, (C,): its multipliers, less their mean."""
+    """What the controls without training add to the output biases or the logarithms of the rows' norms, (C,): their
+    multipliers, less the mean."""
     total = state.phi_nat + state.phi_bdy
     return total - total.mean()
 

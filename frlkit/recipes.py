@@ -58,6 +58,7 @@ class FairConfig(fairness.Rule, Config):
     inner_epochs: Annotated[int, Field(ge=1, le=10**5)] = 1  # only every so many epochs (BEST of Algorithm 1)
     measure_255: Pixels = 8.0  # radius at which the errors behind an update are measured (PGD-20, step 2/255)
     update_images: Annotated[int, Field(ge=0, le=10**9)] = 0  # on so many random validation images; 0: on all
+    moved: Literal["biases", "norms"] = "biases"  # method intercept: what of the output layer follows the multipliers
     boundary: Literal["wrong", "changed"] = "wrong"  # boundary error of an update: right clean and wrong attacked, or
     # any changed prediction (the report's)
     step: Literal["own", "largest", "fixed"] = "own"  # proportional to the sample's own radius, or the batch's largest
@@ -140,6 +141,11 @@ FAIR: dict[str, Recipe] = {
         "Equal weights, 12/255 for all (control)", "control", {**_LOOP, "eps_255": 12.0, "step_255": 3.0}
     ),
     "intercept": Recipe("Output biases moved, nothing else (control)", "control", _INTERCEPT),
+    "head_norms": Recipe(
+        "Norms of the output's rows tuned, nothing else (control)",
+        "control",
+        {**_INTERCEPT, "moved": "norms", "alpha_nat": 0.1, "alpha_bdy": 0.1},
+    ),
     "intercept_uniform": Recipe(
         "Retrained with equal weights, then biases moved (control)",
         "control",
@@ -223,7 +229,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 #: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
-LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "boundary")
+LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary")
 
 
 def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training, watched
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
-from frlkit.recipes import Config, configure, described, spelled, start_of
+from frlkit.recipes import Config, FairConfig, configure, described, spelled, start_of
 
 WEIGHTS = "weights.safetensors"
 FILES = (WEIGHTS, "history.json", records.OUTCOMES, "record.json")  # the record makes a run finished: it comes last
@@ -154,7 +154,8 @@ def _finish(config: Config, data: Dataset, place: Path) -> nn.Module:
         if main:
             model = load(place, config, data.train.labels.device)
             refuse_other_images(place / "history.json", records.read_history(place / "history.json"), data)
-            records.evaluate(model, data, path=place / "record.json", about={"config": described(config)})
+            attacks = records.standard(data.name, preliminary=not isinstance(config, FairConfig))
+            records.evaluate(model, data, attacks, path=place / "record.json", about={"config": described(config)})
             checkpoint.remove(place / "checkpoint.pt")
     return model if main else load(place, config, data.train.labels.device)
 
@@ -233,11 +234,14 @@ def study(
 
 
 def recheck(found: Records, recipe: str, runs: Path, tensors: Dataset, **values: Any) -> float:
-    """Attack the first seed's weights again, here and now: the largest class-wise difference from the record."""
+    """Attack the first seed's weights again, here and now, with `standard`'s attacks: the largest class-wise difference
+    from the record."""
     record = found[recipe][0]
     config = configure(recipe, tensors.name, record["config"]["seed"], **values)
     model = load(folder(runs, recipe, config), config, tensors.test.labels.device)
-    return records.largest_difference(record, records.evaluate(model, tensors))
+    again = records.evaluate(model, tensors)
+    compared = [records.entry_of(record, entry["attack"]["eps_255"]) for entry in again["attacks"]]
+    return records.largest_difference({**record, "attacks": compared}, again)
 
 
 def finished(runs: Path) -> list[Path]:

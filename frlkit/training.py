@@ -164,7 +164,7 @@ def _balanced_epoch(run: Progress) -> Batches:
         if run.epoch % config.inner_epochs == 0:
             run.multipliers = _next_multipliers(run, part)
         if config.method == "intercept":
-            yield _move_biases(run, before)
+            yield _move_head(run, before)
             continue
         balance = fairness.setting(run.multipliers, config)
         balance = fairness.Setting(*(values.float().to(run.data.train.labels.device) for values in balance))
@@ -173,10 +173,17 @@ def _balanced_epoch(run: Progress) -> Batches:
 
 
 @torch.no_grad()
-def _move_biases(run: Progress, before: fairness.State) -> tuple[int, float]:
-    """The intercept control: the output biases follow the multipliers; the loss is the validation images', clean."""
-    bias = list(run.model.parameters())[-1]
-    bias += (fairness.offsets(run.multipliers) - fairness.offsets(before)).to(bias)
+def _move_head(run: Progress, before: fairness.State) -> tuple[int, float]:
+    """The controls without training: output biases, or the norms of the output's rows, follow the multipliers.
+
+    The loss is the validation images', clean.
+    """
+    *_, weight, bias = run.model.parameters()
+    moved = fairness.offsets(run.multipliers) - fairness.offsets(before)
+    if run.config.moved == "biases":
+        bias += moved.to(bias)
+    else:
+        weight *= moved.exp().to(weight)[:, None]
     x, y = run.data.validation.batch(slice(None))
     return len(run.data.train), F.cross_entropy(logits(run.model, x), y).item()
 

@@ -41,7 +41,7 @@ def fair(recipe: str, **values: Any) -> FairConfig:
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard attacks with two steps: their strength is not what is tested here."""
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    monkeypatch.setattr(records, "standard", lambda dataset: quick)
+    monkeypatch.setattr(records, "standard", lambda dataset, **_: quick)
     monkeypatch.setattr(runs, "watched", lambda: False)
 
 
@@ -830,10 +830,11 @@ class TestChanged:
 
 
 class TestIntercept:
-    def test_only_the_output_biases_move_and_as_the_multipliers_do(
-        self, tiny: Dataset, start: Path, tmp_path: Path
+    @pytest.mark.parametrize(("part", "name"), [("biases", "fc2.bias"), ("norms", "fc2.weight")])
+    def test_only_biases_or_norms_move_and_as_the_multipliers_do(
+        self, tiny: Dataset, start: Path, tmp_path: Path, part: str, name: str
     ) -> None:
-        config = fair("intercept,start=pgd_at", epochs=3, tau_nat=0.0, tau_bdy=0.0)
+        config = fair("intercept,start=pgd_at", epochs=3, tau_nat=0.0, tau_bdy=0.0, moved=part)
         place = place_of(tmp_path, start, "intercept,start=pgd_at")
         model = runs.run(config, tiny, place)
         history, before = history_of(place), weights_of(start)
@@ -842,11 +843,12 @@ class TestIntercept:
         for measured in known[:3]:
             natural, robust = (torch.tensor(measured[kind]).double() for kind in ("natural", "robust"))
             state = fairness.update(state, natural, robust - natural, config)
-        total = state.phi_nat + state.phi_bdy
-        for name, value in model.state_dict().items():
-            moved = (total - total.mean()).float() if name == "fc2.bias" else 0
-            torch.testing.assert_close(value, before[name] + moved, rtol=1e-5, atol=1e-6 if name == "fc2.bias" else 0)
-        assert not torch.equal(model.fc2.bias, before["fc2.bias"])
+        total = (state.phi_nat + state.phi_bdy - (state.phi_nat + state.phi_bdy).mean()).float()
+        expected = dict(before)
+        expected[name] = before[name] + total if part == "biases" else before[name] * total.exp()[:, None]
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6 if key == name else 0)
+        assert not torch.equal(model.state_dict()[name], before[name])
         x, y = tiny.validation.batch(slice(None))
         assert history["epochs"][-1]["loss"] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
 

@@ -399,7 +399,7 @@ class TestRecipes:
 
     def test_epochs_by_family(self) -> None:
         """The kit's loop has twelve, from random weights as many as start and retraining together; sources' own."""
-        kinds = {"printed": 40, "eq17": 40, "official": 40, "intercept": 24, "random": 15 + 12}
+        kinds = {"printed": 40, "eq17": 40, "official": 40, "intercept": 24, "head": 24, "random": 15 + 12}
         for name in recipes.FAIR:
             report = {"report_remargin": 10, "report_reweight": 20, "report_uniform": 20}
             assert recipe(name).epochs == report.get(name, kinds.get(name.split("_")[0], 12)), name

@@ -29,7 +29,7 @@ def quick() -> Iterator[None]:
     """The standard attacks with two steps, and no bars."""
     attacks = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "standard", lambda dataset: attacks)
+        patch.setattr(records, "standard", lambda dataset, **_: attacks)
         patch.setattr(runs, "watched", lambda: False)
         yield
 

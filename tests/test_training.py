@@ -57,7 +57,7 @@ RUNS = {
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard attacks with two steps: their strength is not what is tested here."""
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
-    monkeypatch.setattr(records, "standard", lambda dataset: quick)
+    monkeypatch.setattr(records, "standard", lambda dataset, **_: quick)
 
 
 @pytest.fixture
