@@ -14,10 +14,8 @@ KIT = PROJECT / "frlkit"
 FLOORS = [
     {"values", "disk", "origin", "options"},
     {"models", "checkpoint", "distributed", "theory"},
-    {"images"},
-    {"sources"},
-    {"datasets"},
-    {"kernels", "data"},
+    {"kernels", "sources"},
+    {"data"},
     {"attacks", "fairness"},
     {"evaluation", "recipes", "interval"},
     {"losses"},
@@ -27,7 +25,7 @@ FLOORS = [
     {"reproduce"},
     {"__main__"},
 ]
-WINGS = ("audit", "kernels", "report", "scale")
+WINGS = ("audit", "kernels", "report", "scale", "sources")
 
 
 def modules() -> dict[str, list[Path]]:
@@ -72,8 +70,9 @@ def test_only_notebooks_and_reproduce_import_notebook() -> None:
     assert {room for room, paths in modules().items() for path in paths if "notebook" in imports(path)} <= {"reproduce"}
 
 
-def test_the_core_asks_kernels_one_question() -> None:
-    """`fast` in the attacks, and for records `describe`; nothing else."""
+@pytest.mark.parametrize(("wing", "questions"), [("kernels", {"fast", "describe"}), ("sources", {"read"})])
+def test_the_core_asks_a_wing_one_question(wing: str, questions: set[str]) -> None:
+    """`fast` in the attacks, and for records `describe`; `read` in `data.load`; nothing else."""
     asked = set()
     for room, paths in modules().items():
         if room in WINGS:
@@ -83,9 +82,16 @@ def test_the_core_asks_kernels_one_question() -> None:
             asked |= {
                 node.attr
                 for node in ast.walk(tree)
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kernels"
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == wing
             }
-    assert asked <= {"fast", "describe"}
+    assert asked == questions
+
+
+def test_data_alone_knows_the_readers() -> None:
+    assert {room for room, paths in modules().items() for path in paths if "sources" in imports(path)} == {
+        "data",
+        "sources",
+    }
 
 
 def test_sizes() -> None:
