@@ -38,3 +38,9 @@ class KitError(ValueError):
 def watched() -> bool:
     """Whether a person sees progress live: a terminal, Jupyter or Colab, but not papermill, nbval or a pipe."""
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
+
+
+def took(seconds: float) -> str:
+    """A time in words: "38 s", "6 min", "31 h 5 min"."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{hours} h {minutes} min" if hours else f"{minutes} min"
