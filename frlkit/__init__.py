@@ -1,9 +1,9 @@
 """A reproduction kit for *To be Robust or to be Fair* (Xu et al., ICML 2021).
 
 Floors, top down; an import never climbs: ``__main__``, ``reproduce`` · the wings ``audit``, ``report``, ``scale`` ·
-``runs`` · ``training``, ``records`` · ``losses`` · ``evaluation``, ``recipes`` · ``attacks``, ``fairness`` ·
-``kernels``, ``data`` · ``models``, ``checkpoint``, ``distributed`` · ``values``. ``theory`` stands alone. The numbered
-notebooks are prose, parameters and calls to these.
+``runs`` · ``training``, ``records`` · ``losses`` · ``evaluation``, ``recipes`` · ``attacks``, ``fairness`` · ``data`` ·
+the wings ``kernels``, ``sources`` · ``models``, ``checkpoint``, ``distributed`` · ``values``. ``theory`` stands alone.
+The numbered notebooks are prose, parameters and calls to these.
 """
 
 import os
@@ -38,3 +38,9 @@ class KitError(ValueError):
 def watched() -> bool:
     """Whether a person sees progress live: a terminal, Jupyter or Colab, but not papermill, nbval or a pipe."""
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
+
+
+def took(seconds: float) -> str:
+    """A time in words: "38 s", "6 min", "31 h 5 min"."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frlkit import KitError, disk
+from frlkit import KitError, disk, models
 from frlkit.disk import ReadError, exists, not_read, not_written
 
 _mirrors: dict[Path, Path] = {}  # folder -> the slower, less reliable one that receives a copy of every file
@@ -61,9 +61,8 @@ def nonfinite(state: Mapping[str, Any]) -> str:
     """Which of a state's weights has NaN or infinity, such as ``model.fc1.weight``; "" where none."""
     for part in ("model", "average"):
         weights = state.get(part)
-        for name, values in weights.items() if isinstance(weights, Mapping) else ():
-            if isinstance(values, Tensor) and not bool(values.isfinite().all()):
-                return f"{part}.{name}"
+        if name := models.nonfinite(weights) if isinstance(weights, Mapping) else "":
+            return f"{part}.{name}"
     return ""
 
 

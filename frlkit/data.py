@@ -1,8 +1,8 @@
 """Data sets as resident tensors: a whole split is one uint8 tensor on the device, floats in [0, 1] appear at the batch.
 
-Public data sets are read by `frlkit.datasets`, anyone's images (``folder:PATH``) by `frlkit.sources`. No normalisation,
-no worker processes; augmentation is the training's (`augmented`). The validation split is drawn from the training set
-here, before any training, so no model has seen it; frames of one sign (GTSRB) stay on one side.
+Their readers, for public data sets and for anyone's images (``folder:PATH``), are the wing `frlkit.sources`, and draw
+the validation split from the training set before any training, so no model has seen it. No normalisation, no worker
+processes; augmentation is the training's (`augmented`).
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import KitError, images, sources
-from frlkit.datasets import READERS, digits_split
+from frlkit import KitError, sources
 from frlkit.models import SIZE
-from frlkit.sources import DataUnavailableError, Part, root
+from frlkit.sources import FOLDER, READERS, DataUnavailableError, check_name, root, stratified_split
 
-__all__ = ["READERS", "DataUnavailableError", "Dataset", "Split", "load", "root"]
-FOLDER = "folder:"
+__all__ = ["READERS", "DataUnavailableError", "Dataset", "Split", "check_name", "load", "root", "stratified_split"]
 PADDING = 4  # pixels, of the random crop
 
 
@@ -125,7 +120,7 @@ def load(
     Parameters
     ----------
     name : one of `READERS`, or ``folder:PATH`` with ``train/<class>/*`` and ``test/<class>/*`` there, or another of the
-        layouts of `sources.find`; a relative path is one in the data folder (`root`), so that a run's name does not
+        layouts of `folders.find`; a relative path is one in the data folder (`root`), so that a run's name does not
         depend on the machine
     device : where the tensors live
     validation : share of each class's training images set aside before any training, at least one (`stratified_split`);
@@ -143,72 +138,14 @@ def load(
     KitError
         Unknown name, files that are damaged, or a class without an image in one of the three splits.
     """
-    check_name(name)
-    if not 0 < validation < 1:
-        raise KitError(f"validation = {validation!r}: use a share of the training images between 0 and 1, such as 0.1")
-    if not (size is None or (type(size) is int and 8 <= size <= 1024)) or channels not in (None, 1, 3):
-        raise KitError(f"size = {size!r}, channels = {channels!r}: use 8 to 1024 pixels and 1 or 3 channels, or None")
-    source = sources.find(_place(name)) if name.startswith(FOLDER) else READERS[name]()
-    if source.form and (size not in (SIZE, None) or channels not in (3, None) or upright):
-        raise KitError(f"size, channels and upright are for {FOLDER}PATH: the images of {name} are as they are")
-    parts = _three(source, validation, split_seed, digits_split if name == "digits" else stratified_split)
-    size, channels = source.form or (size, channels)
-    items = [item for part in parts for item in part.items]
-    pixels, notes = images.read(items, size=size, channels=channels, upright=upright, keep=source.keep)
-    for note in (notes := [] if source.form else source.notes + notes):
+    names, parts, pixels, notes = sources.read(name, validation, split_seed, size, channels, upright)
+    for note in notes:
         print(f"{name}: {note}", file=sys.stderr)
-    splits, classes = [], len(source.class_names)
+    splits = []
     for part, view in zip(parts, pixels.split([len(part.items) for part in parts]), strict=True):
         groups = None if part.groups is None else part.groups.to(device)
-        splits.append(Split(view.to(device), part.labels.to(device), groups, classes))
-    return Dataset(name, source.class_names, *splits, tuple(notes), validation)
-
-
-def _three(source: sources.Source, share: float, seed: int, draw: Callable[..., tuple[Tensor, Tensor]]) -> list[Part]:
-    """Training, validation and test part, the second the source's own or drawn from the first, before any is read."""
-    train, held_out, test = (source.parts.get(name) for name in ("train", "validation", "test"))
-    _every_class(source.class_names, test, "test", 1)
-    if held_out is not None:
-        _every_class(source.class_names, held_out, "validation", 1)
-        _every_class(source.class_names, train, "training", 1)
-        return [train, held_out, test]
-    _every_class(source.class_names, train, "training", 2)  # one to train, one to validate
-    keep, held = draw(train.labels, share, seed, train.groups)
-    return [train.take(keep), train.take(held), test]
-
-
-def _place(name: str) -> Path:
-    """Where ``folder:PATH`` is."""
-    try:
-        path = root() / Path(name.removeprefix(FOLDER)).expanduser()
-        there = path.is_dir() or (path.suffix == ".npz" and path.is_file())
-    except (OSError, RuntimeError, ValueError) as error:  # no right to look, no such user, no such path
-        raise KitError(
-            f"dataset = {name!r} cannot be looked for ({images.first_line(error)}): use another path"
-        ) from None
-    if not there:
-        raise DataUnavailableError(f"dataset = {name!r}: there is no folder {path}, or .npz file")
-    return path
-
-
-def _every_class(class_names: Sequence[str], images: Part, part: str, least: int) -> None:
-    """Refuse a part with fewer than `least` images of a class."""
-    for name, count in zip(class_names, images.labels.bincount(minlength=len(class_names)).tolist(), strict=True):
-        if count < least:
-            raise KitError(
-                f"class {name!r} has {count} {part} image{'' if count == 1 else 's'}, and needs {least} or more: "
-                "add images to it, or leave the class out of the data set"
-            )
-
-
-def check_name(name: str) -> None:
-    """Refuse a data set that is neither in `READERS` nor ``folder:PATH``."""
-    if not isinstance(name, str) or (name not in READERS and not name.startswith(FOLDER)):
-        raise KitError(f"dataset = {name!r} is unknown: use one of {', '.join(READERS)}, or {FOLDER}PATH")
-    if not name.removeprefix(FOLDER).strip():
-        raise KitError(f"dataset = {name!r} names no folder: use {FOLDER}PATH, with train/<class>/* and test/<class>/*")
-    if not sources.printable(name):
-        raise KitError(f"dataset = {name!r} has characters that no table can show: rename the folder, or link to it")
+        splits.append(Split(view.to(device), part.labels.to(device), groups, len(names)))
+    return Dataset(name, names, *splits, tuple(notes), validation)
 
 
 def folder_name(name: str) -> str:
@@ -240,25 +177,3 @@ def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     sample = torch.arange(count, device=device)[:, None, None]
     # The channels are last after indexing with (N, side, side) around a slice.
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def stratified_split(labels: Tensor, share: float, seed: int, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sorted indices of the larger and of the smaller part of labels (N,), drawn class by class.
-
-    The smaller gets max(1, round(share · n)) of a class's n images, but never all of them. With `groups` (N,) whole
-    groups are drawn, and n counts the class's groups. Raises `KitError` where a class has one image, or group, alone.
-    """
-    draw = np.random.RandomState(seed)  # numpy keeps its stream for ever
-    units = (torch.arange(len(labels)) if groups is None else groups).numpy()
-    held = []
-    for label in np.unique(labels.numpy()):
-        members = np.flatnonzero(labels.numpy() == label)
-        choice = draw.permutation(np.unique(units[members]))
-        if len(choice) < 2:
-            what = "image" if groups is None else "group of images"
-            raise KitError(f"class {label} has one {what} alone: it cannot be in both parts; add images")
-        chosen = choice[-min(max(1, round(share * len(choice))), len(choice) - 1) :]
-        held.append(members[np.isin(units[members], chosen)])
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[torch.from_numpy(np.concatenate(held))] = True
-    return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,14 @@ def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Modul
         if seed is not None:
             torch.manual_seed(seed)
         return MODELS[name](num_classes)
+
+
+def nonfinite(weights: Mapping[str, Any]) -> str:
+    """The first of these tensors by name that has NaN or infinity; "" where none has."""
+    for name, values in weights.items():
+        if isinstance(values, Tensor) and not bool(values.isfinite().all()):
+            return name
+    return ""
 
 
 def place(model: nn.Module, device: str | torch.device) -> nn.Module:

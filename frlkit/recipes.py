@@ -270,12 +270,6 @@ def _parts(recipe: str) -> tuple[str, dict[str, Any]]:
     return name, varied
 
 
-def title(recipe: str) -> str:
-    """A recipe's name in tables and figures; fields varied stand behind it."""
-    name, _, varied = recipe.partition(",")
-    return ", ".join([RECIPES[name].title if name in RECIPES else name, *([varied] if varied else [])])
-
-
 def described(config: Config) -> dict[str, Any]:
     """A configuration as a run's files keep it."""
     defaults = {field.name: field.default for field in fields(config)}

@@ -23,10 +23,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import PROJECT, KitError, checkpoint, data, disk
+from frlkit import PROJECT, KitError, checkpoint, data, disk, took
 from frlkit.notebook import versions
 from frlkit.report import claims, pages
-from frlkit.report.pages import took
 
 NOTEBOOKS = PROJECT / "notebooks"
 LIBRARIES = versions("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")  # what results depend on

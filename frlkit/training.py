@@ -141,12 +141,11 @@ def _plain_epoch(run: Progress) -> Batches:
 
 def _refuse_nonfinite(run: Progress) -> None:
     """The loss is looked at before each step; what the last step did to the weights is seen here."""
-    for name, values in run.result.state_dict().items():
-        if values.is_floating_point() and not bool(values.isfinite().all()):
-            raise TrainingDivergedError(
-                f"epoch {run.epoch + 1}: {name} has weights that are NaN or infinite; the checkpoint of the epoch "
-                f"before is intact; lower lr = {run.config.lr:g}"
-            )
+    if name := models.nonfinite(run.result.state_dict()):
+        raise TrainingDivergedError(
+            f"epoch {run.epoch + 1}: {name} has weights that are NaN or infinite; the checkpoint of the epoch "
+            f"before is intact; lower lr = {run.config.lr:g}"
+        )
 
 
 def _validation_errors(run: Progress) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import RandomCrop
 
-from frlkit import KitError, data, datasets
+from frlkit import KitError, data
+from frlkit.sources import datasets
 
 GENERATOR = np.random.default_rng(0)
 

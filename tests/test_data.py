@@ -21,9 +21,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import Resize
 
-from frlkit import PROJECT, KitError, data, datasets
+from frlkit import PROJECT, KitError, data
 from frlkit.data import Dataset
-from frlkit.sources import Source, of_arrays
+from frlkit.sources import datasets
+from frlkit.sources.folders import Source, of_arrays
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from frlkit import KitError, checkpoint, data, evaluation, models, notebook, rec
 from frlkit.__main__ import main
 from frlkit.audit.weights import load_weights
 from frlkit.data import Dataset
-from frlkit.sources import Source, of_arrays
+from frlkit.sources.folders import Source, of_arrays
 from frlkit.values import fields_of
 
 fuzz = settings(max_examples=150, derandomize=True, database=None, deadline=None)

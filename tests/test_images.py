@@ -19,8 +19,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 
-from frlkit import KitError, data, images, recipes, runs
-from frlkit.images import Item
+from frlkit import KitError, data, recipes, runs
+from frlkit.sources import images
+from frlkit.sources.images import Item
 
 GENERATOR = np.random.default_rng(0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -199,22 +197,6 @@ class TestRequirements:
             found = [next(iter(pin.specifier)).version for pin in pins if pin.name == need.name]
             assert need.name == "frlkit" or found, f"{need.name} has no pin"
             assert all(need.specifier.contains(each) for each in found), f"{need} and {found}"
-
-    def test_a_lock_survives_the_deletion_of_its_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The holder deletes the file and lets go just after the next process has opened it: filelock < 3.21 would give
-        that process a lock on a file that is gone, and a third one a lock on its own."""
-        path, real, deleted = tmp_path / "run.lock", fcntl.flock, []
-
-        def flock(descriptor: int, operation: int) -> None:
-            if not deleted:
-                deleted.append(path.unlink())
-            real(descriptor, operation)
-
-        monkeypatch.setattr(fcntl, "flock", flock)
-        with FileLock(path).acquire(timeout=5):
-            assert deleted
-            with pytest.raises(Timeout):
-                FileLock(path).acquire(timeout=0)
 
 
 def test_citation_names_the_same_kit() -> None:

@@ -359,7 +359,7 @@ def test_a_failing_notebook_is_one_sentence_and_leaves_the_one_before(small: Pat
     ("seconds", "words"), [(0.2, "0 s"), (89, "89 s"), (90, "2 min"), (3599, "1 h 0 min"), (111_900, "31 h 5 min")]
 )
 def test_times_in_words(seconds: float, words: str) -> None:
-    assert pages.took(seconds) == words
+    assert frlkit.took(seconds) == words
 
 
 def test_formulas_become_mathml_and_dollars_in_outputs_stay(tmp_path: Path) -> None:

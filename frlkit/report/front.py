@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from frlkit import PROJECT
-from frlkit.report import pages, tables
+from frlkit import PROJECT, took
+from frlkit.report import tables
 
 QUESTIONS = {
     "01": "Does adversarial training leave some classes far behind, and is it those that were hard before?",
@@ -32,7 +32,7 @@ def _row(path: Path, seconds: dict[str, float]) -> list[str]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     badges, heading = ("".join(cell["source"]) for cell in cells[:2])
     number, _, title = heading.partition("\n")[0].removeprefix("# ").partition(" · ")
-    time = pages.took(seconds[path.stem]) if path.stem in seconds else ""
+    time = took(seconds[path.stem]) if path.stem in seconds else ""
     name = path.stem[3:].replace("_", " ").replace("frl", "FRL")
     return [
         f"[{number} {name}](notebooks/{path.name})",

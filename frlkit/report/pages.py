@@ -111,12 +111,6 @@ def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M %Z")
 
 
-def took(seconds: float) -> str:
-    """A time in words: "38 s", "6 min", "31 h 5 min"."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
 def commit() -> str:
     """The checkout's commit, with "-dirty" where tracked files differ from it."""
     words = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, recipes, records, runs, watched
+from frlkit import KitError, checkpoint, recipes, records, runs, took, watched
 from frlkit.evaluation import Attack
 from frlkit.recipes import Config
 from frlkit.values import to_text
@@ -222,11 +222,6 @@ def preview(planned: Sequence[Run], root: Path, workers: int) -> str:
     lines = [f"{'done' if run.done else 'left'}  {run.name}" for run in planned]
     left = sum(line.startswith("left") for line in lines)
     seconds = estimate(planned, root, workers)
-    time = "unknown: no run of such data and batches is finished" if seconds is None else _duration(seconds)
+    time = "unknown: no run of such data and batches is finished" if seconds is None else f"about {took(seconds)}"
     last = f"{len(planned)} runs, {len(planned) - left} done, {left} left; time on {workers} processes: {time}"
     return "\n".join([*lines, last])
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else f"{seconds:.0f} s"

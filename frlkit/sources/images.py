@@ -1,7 +1,7 @@
 """Images as resident tensors: decoded, scaled to 8 bits, resized, kept in one memory-mapped file (`read`).
 
 The file lies in the user's cache under the hash of the bytes that the images were made from, so no other image can be
-taken for them. What was scaled, resized or dropped on the way is said in notes. Where images lie: `frlkit.sources`.
+taken for them. What was scaled, resized or dropped on the way is said in notes. Where images lie: `folders`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from frlkit import PROJECT, KitError
-from frlkit.images import Item, first_line, listed
+from frlkit.sources.images import Item, first_line, listed
 
 PARTS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 PART_OF = {alias: part for part, aliases in PARTS.items() for alias in aliases}

@@ -1,4 +1,4 @@
-"""The public data sets by name (`READERS`), read with torchvision or scikit-learn into `sources.Source`.
+"""The public data sets by name (`READERS`), read with torchvision or scikit-learn into `folders.Source`.
 
 To add one, write its reader here and name it in `READERS`.
 """
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import KitError, images
+from frlkit import KitError
 from frlkit.models import SIZE
-from frlkit.sources import DataUnavailableError, Part, Source, of_arrays, root
+from frlkit.sources import images
+from frlkit.sources.folders import DataUnavailableError, Part, Source, of_arrays, root
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
