@@ -1,13 +1,19 @@
 """``make faults``: faults of every kind, at every file event and many random moments of the kit's commands; a table.
 
-``--repeat 'SIGKILL@file:41'`` strikes at one moment alone. The table is Markdown, so that a document can hold it.
+``--repeat 'SIGKILL@file:41'`` strikes at one moment alone. With ``--keep FILE`` every result is a line of that file and
+is not tried again, so a campaign can be interrupted, or done command by command; ``--table`` tries nothing and shows
+what is kept. The table is Markdown; ``--write`` puts it into a document.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,8 +22,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -28,7 +37,7 @@ from cases import CASES, MOST_LOST, SWEEPS, Case  # noqa: E402
 from conftest import tiny_dataset  # noqa: E402
 from faulty import COMMANDS, STEPS, TITLES, Fault, Stage  # noqa: E402
 
-from frlkit import data  # noqa: E402
+from frlkit import PROJECT, data, records  # noqa: E402
 
 EVENTS = {  # at every event of its sort
     "SIGKILL": "SIGKILL at every change of a file",
@@ -70,9 +79,63 @@ def main() -> int:
     parser.add_argument("--repeat", help="one fault, as the table names it")
     parser.add_argument("--commands", nargs="+", default=[*COMMANDS, "sweep"], choices=[*COMMANDS, "sweep"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time")
+    parser.add_argument("--keep", type=Path, help="a file of results, which are not tried again")
+    parser.add_argument("--table", action="store_true", help="try nothing: show what is kept")
+    parser.add_argument("--write", type=Path, help="a document whose table becomes this one")
     words = parser.parse_args()
-    torch.set_num_threads(1)
-    began, table = time.monotonic(), dict[tuple[str, str], Counter[str]]()
+    kept = read(words.keep) if words.keep else []
+    if not words.table:
+        torch.set_num_threads(1)
+        with Results(words.keep, kept) as results:
+            campaign(words, results)
+    text, code = table(kept)
+    print(text)
+    if words.write:
+        before = words.write.read_text(encoding="utf-8")
+        after = re.sub(r"(?s)(<!-- faults -->\n).*(<!-- end -->)", lambda old: f"{old[1]}{text}\n{old[2]}", before)
+        words.write.write_text(after, encoding="utf-8")
+    return code
+
+
+class Results:
+    """What has been found, line by line in a file that is kept, and what finding it took."""
+
+    def __init__(self, path: Path | None, kept: list[dict[str, Any]]) -> None:
+        self.kept, self.began = kept, time.monotonic()
+        self.known = {(line["command"], line["fault"]) for line in kept if "fault" in line}
+        self.file = path.open("a", encoding="utf-8") if path else None
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.kept.append(line)
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        server = psutil.Process(forkserver._forkserver._forkserver_pid).cpu_times()  # type: ignore[attr-defined]
+        spent = sum(server[:4]) + sum(os.times()[:4])
+        self.add({"about": about(), "cpu_seconds": spent, "seconds": time.monotonic() - self.began})
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that `Results` wrote; a last one that is cut short is none."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def about() -> str:
+    """Machine, versions, commit and date."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True).stdout
+    made = ", ".join(f"{name} {value}" for name, value in records.versions().items())
+    machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
+    return f"{time.strftime('%Y-%m-%d', time.gmtime())}, {machine}; {made}" + (commit and f"; commit {commit.strip()}")
+
+
+def campaign(words: argparse.Namespace, results: Results) -> None:
+    """Try what the command line asks for and is not known yet."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(words.jobs) as pool:
         Path(folder).chmod(0o755)
         stage = Stage(Path(folder))
@@ -85,21 +148,22 @@ def main() -> int:
             return lost
 
         for name in words.commands:
+            title = TITLES.get(name, name)
             if words.repeat:
                 fault = Fault.parse(words.repeat) if "@" in words.repeat else None
                 how = partial(strike, fault=fault) if fault else {**CASES, **SWEEPS}[words.repeat]
-                tried = [(words.repeat, words.repeat, how)]
+                every = [(words.repeat, words.repeat, how)]
             elif name == "sweep":
-                tried = [("a sweep's driver struck", case, how) for case, how in SWEEPS.items()]
+                every = [("a sweep's driver struck", case, how) for case, how in SWEEPS.items()]
             else:
-                tried = list(faults(stage, name, words.moments, words.seed))[:: words.every]
-            results = [pool.submit(attempt_in, name, n, fault, how) for n, (_, fault, how) in enumerate(tried)]
-            for (row, _, _), result in zip(tried, results, strict=True):
+                every = list(faults(stage, name, words.moments, words.seed))
+            there = Counter(row for row, _, _ in every)
+            tried = [one for one in every[:: words.every] if (title, one[1]) not in results.known]
+            found = [pool.submit(attempt_in, name, n, fault, how) for n, (_, fault, how) in enumerate(tried)]
+            for (row, fault, _), result in zip(tried, found, strict=True):
                 if (lost := result.result()) is not None:
-                    counts = table.setdefault((TITLES.get(name, name), row), Counter())
-                    counts += Counter({"tried": 1, "survived": int(lost >= 0), "lost": max(lost, 0)})
-            print(f"{TITLES.get(name, name)}: {len(tried)} faults, {time.monotonic() - began:.0f} s so far", flush=True)
-    return show(table, time.monotonic() - began)
+                    results.add({"command": title, "row": row, "fault": fault, "of": there[row], "lost": lost})
+            print(f"{title}: {len(tried)} faults, {time.monotonic() - results.began:.0f} s so far", flush=True)
 
 
 def attempt(stage: Stage, name: str, runs: Path, fault: str, case: Case) -> int | None:
@@ -116,13 +180,26 @@ def attempt(stage: Stage, name: str, runs: Path, fault: str, case: Case) -> int 
     return lost
 
 
-def show(table: dict[tuple[str, str], Counter[str]], seconds: float) -> int:
-    everything = sum(table.values(), Counter())
-    print("| command | fault | tried | survived | epochs trained again |\n|---|---|---:|---:|---:|")
-    for (command, row), counts in (*table.items(), (("all", ""), everything)):
-        print(f"| {command} | {row} | {counts['tried']:,} | {counts['survived']:,} | {counts['lost']:,} |")
-    print(f"\n{seconds / 60:.0f} minutes")
-    return int(everything["survived"] < everything["tried"])
+def table(kept: list[dict[str, Any]]) -> tuple[str, int]:
+    """The results as Markdown, and 1 where a fault was not survived."""
+    rows = dict[tuple[str, str], Counter[str]]()
+    for line in kept:
+        if "fault" in line:
+            counts = rows.setdefault((line["command"], line["row"]), Counter())
+            counts += Counter({"tried": 1, "survived": int(line["lost"] >= 0), "lost": max(line["lost"], 0)})
+            counts["there"] = line["of"]
+    everything = sum(rows.values(), Counter())
+    text = [
+        "| command | fault | there are | tried | survived | epochs trained again |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (command, row), counts in (*rows.items(), (("all", ""), everything)):
+        numbers = " | ".join(f"{counts[name]:,}" for name in ("there", "tried", "survived", "lost"))
+        text.append(f"| {command} | {row} | {numbers} |")
+    spent = [sum(line.get(name, 0) for line in kept) / 60 for name in ("cpu_seconds", "seconds")]
+    made = "; ".join(dict.fromkeys(line["about"] for line in kept if "about" in line))
+    text += ["", f"{made}. {spent[0]:.0f} minutes of one core, {spent[1]:.0f} by the clock."]
+    return "\n".join(text), int(everything["survived"] < everything["tried"])
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ class Stage:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH", "")]))
         self.shim = build_shim(self.root)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["faulty", "torchvision", "frlkit.__main__", "frlkit.runs"])
+        self.context.set_forkserver_preload(["cases", "hypothesis", "torchvision", "frlkit.__main__", "frlkit.runs"])
         before = os.environ.get("LD_PRELOAD")
         if self.shim:
             os.environ["LD_PRELOAD"] = " ".join(filter(None, [str(self.shim), before]))
