@@ -160,23 +160,12 @@ def cost() -> str:
     return tables.markdown(head, rows)
 
 
-def slice_() -> str:
-    """The 3-layer CNN on a tenth of CIFAR-10, JPEG re-encoded, from its shipped records."""
-    place = PROJECT / "checkpoints" / "folder-cifar10-jpeg-slice"
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(place.glob("*/seed*/record.json")):
-        found.setdefault(path.parents[1].name, []).append(records.read(path))
-    means = tables.means(tables.scores({recipe: found[recipe] for recipe in recipes.BASE if recipe in found}))
-    return tables.markdown(["", *means.columns], [[recipe, *row] for recipe, row in means.iterrows()])
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "disparity": disparity,
     "fairness": fairness,
     "speed": speed,
     "paper": paper_scale,
     "cost": cost,
-    "slice": slice_,
     "coverage": coverage.table,
     "notebooks": front.notebooks,
     **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
