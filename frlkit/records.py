@@ -31,7 +31,8 @@ OUTCOMES = "outcomes.npz"
 def standard(dataset: str, *, preliminary: bool = False) -> tuple[Attack, ...]:
     """`evaluation.STANDARD`; for GTSRB the paper's radius there, 12/255; for the preliminary study its second, 4/255."""
     more = (12.0,) if dataset.startswith("gtsrb") else ()
-    return (*STANDARD, *(Attack(eps_255=eps_255) for eps_255 in (*more, *(4.0,) * preliminary)))
+    second = (4.0,) if preliminary else ()
+    return (*STANDARD, *(Attack(eps_255=eps_255) for eps_255 in more + second))
 
 
 def _is_attack(value: dict[str, Any]) -> dict[str, Any]:
