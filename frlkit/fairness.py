@@ -118,7 +118,7 @@ def setting(state: State, rule: Rule) -> Setting:
 
     Weights by `rule.weighting`: "lagrangian" 1/C + phi_i - mean(phi); "softmax" the report's softmax(1 + phi), which
     ignores whatever all classes share, so that average and tolerance have no effect; "printed" 1/C + phi_i, the weights
-    of Algorithm 1 as printed, whose sum grows; "intercept" all equal, since the multipliers move the output layer instead.
+    of Algorithm 1 as printed, whose sum grows; "intercept" all equal, since the output layer moves.
     """
     low, high = _log_caps(rule)
     weights = {

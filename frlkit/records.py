@@ -29,7 +29,7 @@ OUTCOMES = "outcomes.npz"
 
 
 def standard(dataset: str, *, preliminary: bool = False) -> tuple[Attack, ...]:
-    """`evaluation.STANDARD`; for GTSRB the paper's radius there, 12/255; for the preliminary study its second, 4/255."""
+    """`evaluation.STANDARD`; for GTSRB the paper's radius, 12/255; for the preliminary study its second, 4/255."""
     more = (12.0,) if dataset.startswith("gtsrb") else ()
     second = (4.0,) if preliminary else ()
     return (*STANDARD, *(Attack(eps_255=eps_255) for eps_255 in more + second))
