@@ -15,10 +15,8 @@ import json
 import os
 import pickle
 import secrets
-import shutil
-import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ from torch import Tensor
 from frlkit import KitError, disk, models
 from frlkit.disk import ReadError, exists, not_read, not_written
 
-_mirrors: dict[Path, Path] = {}  # folder -> the slower, less reliable one that receives a copy of every file
-_waiting: set[Path] = set()  # files whose copy has failed so far
+#: Called with every file that was written or, then no longer there, removed; a copy elsewhere follows (`drive.mirror`).
+followers: list[Callable[[Path], None]] = []
 
 
 def digest(state: Any) -> str:
@@ -93,96 +91,22 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes], *, keep: Path
         if isinstance(error, OSError) and not isinstance(error, KitError):
             raise not_written(path, error) from None
         raise
-    _copy_to_mirror(path)
+    _tell(path)
 
 
-def mirror(folder: Path, remote: Path) -> None:
-    """From now on copy every file written under `folder` to `remote` too, after taking over what `remote` holds.
-
-    For Google Drive, whose writes lag and whose mount drops: work goes on in `folder`, a copy that fails is tried
-    again with the next one, and damaged files of `remote` are left there with a warning. A second call changes
-    nothing: what is local is newer by then.
-    """
-    if _mirrors.get(folder.resolve()) == remote:
-        return
-    try:
-        found = sorted(path for path in remote.rglob("*") if path.is_file())
-    except OSError as error:
-        raise not_read(remote, error) from None
-    for source in found:
-        target = folder / source.relative_to(remote)
-        try:
-            if source.suffix == ".copy":  # a killed session's
-                source.unlink()
-                continue
-            if source.suffix == ".pt":
-                read(source)
-            elif source.suffix == ".json":
-                json.loads(source.read_text(encoding="utf-8"))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-        except (OSError, ValueError) as error:
-            warnings.warn(f"{source} was not taken over: {error}", stacklevel=2)
-    _mirrors[folder.resolve()] = remote
-
-
-def _copy_to_mirror(path: Path) -> None:
-    """Copy a written file, and those whose copy failed before, to the mirror of their folder."""
-    if _mirror_of(path) is not None:
-        _waiting.add(path)
-    for file in sorted(_waiting):
-        target = _mirror_of(file)
-        if target is None or not exists(file):
-            _waiting.discard(file)
-            continue
-        for wait in (0.0, 0.1, 0.5):
-            time.sleep(wait)
-            try:
-                _copy(file, target)
-                _waiting.discard(file)
-                break
-            except OSError as error:
-                trouble = f"{target} could not be written ({error.strerror or error})"
-    if _waiting:
-        warnings.warn(
-            f"{trouble}: {len(_waiting)} files are kept here alone for now and copied with the next one", stacklevel=3
-        )
-
-
-def _copy(file: Path, target: Path) -> None:
-    """Copy under another name, compare, rename; the generation before stays as `previous`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f"{target.name}.copy")
-    try:
-        shutil.copyfile(file, draft)
-        if draft.read_bytes() != file.read_bytes():
-            raise OSError("the copy differs")
-        if target.name == "checkpoint.pt" and target.exists():
-            os.replace(target, previous(target))
-        os.replace(draft, target)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def _mirror_of(path: Path) -> Path | None:
-    for folder, remote in _mirrors.items():
-        if path.resolve().is_relative_to(folder):
-            return remote / path.resolve().relative_to(folder)
-    return None
+def _tell(path: Path) -> None:
+    for follow in followers:
+        follow(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint and the generation before it, in the mirror too. Raises `WriteError` where that fails."""
+    """Delete a checkpoint and the generation before it, in copies too. Raises `WriteError` where that fails."""
     for file in (path, previous(path)):
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
             raise not_written(file, error) from None
-        target = _mirror_of(file)
-        if target is not None:
-            with contextlib.suppress(OSError):
-                target.unlink(missing_ok=True)
+        _tell(file)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,7 +8,6 @@ Papermill only warns about a misspelt parameter and passes ``-p FLAG true`` on a
 from __future__ import annotations
 
 import ast
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -19,7 +18,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError, WrapValidator
 from pydantic.fields import FieldInfo
 
-from frlkit import PROJECT, KitError, __version__, checkpoint, data, values
+from frlkit import PROJECT, KitError, __version__, data, values
+from frlkit.drive import mirror, mounted
 from frlkit.recipes import BASE
 
 
@@ -158,7 +158,7 @@ def folder(path: str, default: str, *, drive: bool = False) -> Path:
     """The folder a parameter names: relative to the working directory; empty means `default` in the project.
 
     With `drive`, Google Drive is mounted and its ``frlkit`` folder holds a copy of everything that is written there,
-    so that runs outlive a Colab session; what it holds already is taken over first (see `checkpoint.mirror`). Raises
+    so that runs outlive a Colab session; what it holds already is taken over first (see `drive.mirror`). Raises
     `ParameterError` where the text cannot be a path or Drive is asked for too, and `KitError` where there is no Drive.
     """
     if path and drive:
@@ -169,23 +169,8 @@ def folder(path: str, default: str, *, drive: bool = False) -> Path:
         except (OSError, RuntimeError, ValueError) as error:  # of another user who is unknown, with a null character
             raise ParameterError(f"{path!r} is no folder ({error}): name another, or leave it empty") from None
     if drive:
-        checkpoint.mirror(PROJECT / default, _drive() / "frlkit" / default)
+        mirror(PROJECT / default, mounted() / "frlkit" / default)
     return PROJECT / default
-
-
-def _drive() -> Path:
-    """Google Drive's own folder, mounted. Raises `KitError` outside Colab and where access is denied."""
-    try:
-        from google.colab import drive
-    except ImportError:
-        raise KitError("DRIVE = True needs Google Colab: leave it False, or name a folder with RUNS") from None
-    mount = os.environ.get("FRLKIT_DRIVE", "/content/drive")
-    try:
-        drive.mount(mount)
-    except Exception as error:  # Colab raises its own kinds, private ones among them
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise KitError(f"Google Drive was not mounted ({why}): run again and allow it, or set DRIVE = False") from None
-    return Path(mount) / "MyDrive"
 
 
 def load_data(dataset: str, device: str) -> tuple[data.Dataset | None, str, str]:

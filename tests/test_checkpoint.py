@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from frlkit import PROJECT, KitError, checkpoint, disk, records
+from frlkit import PROJECT, KitError, checkpoint, disk, drive, records
 
 CONFIG = {"method": "natural", "lr": 0.001, "seed": 0}
 
@@ -441,12 +441,12 @@ class TestMirror:
     @pytest.fixture(autouse=True)
     def forget(self) -> Iterator[None]:
         yield
-        checkpoint._mirrors.clear()
-        checkpoint._waiting.clear()
+        drive._mirrors.clear()
+        drive._waiting.clear()
 
     def test_every_file_is_copied_with_its_generation_before(self, tmp_path: Path) -> None:
         local, remote = tmp_path / "local", tmp_path / "remote"
-        checkpoint.mirror(local, remote)
+        drive.mirror(local, remote)
         path = local / "run" / "checkpoint.pt"
         for epoch in (1, 2):
             checkpoint.save(path, state(epoch), keep_previous=True)
@@ -464,29 +464,29 @@ class TestMirror:
         (remote / "cut.pt").write_bytes((remote / "cut.pt").read_bytes()[:-300])
         (remote / "empty.json").write_bytes(b"")
         with pytest.warns(UserWarning, match="was not taken over"):
-            checkpoint.mirror(tmp_path / "local", remote)
+            drive.mirror(tmp_path / "local", remote)
         assert [file.name for file in (tmp_path / "local").iterdir()] == ["good.pt"]
         assert checkpoint.read(tmp_path / "local" / "good.pt")["epoch"] == 3
 
     def test_the_set_up_cell_run_again_takes_nothing_older_over(self, tmp_path: Path) -> None:
         local, remote = tmp_path / "local", tmp_path / "remote"
-        checkpoint.mirror(local, remote)
+        drive.mirror(local, remote)
         checkpoint.save(local / "checkpoint.pt", state(1))
         lagging = (remote / "checkpoint.pt").read_bytes()
         checkpoint.save(local / "checkpoint.pt", state(2))
         (remote / "checkpoint.pt").write_bytes(lagging)
-        checkpoint.mirror(local, remote)
+        drive.mirror(local, remote)
         assert checkpoint.read(local / "checkpoint.pt")["epoch"] == 2
 
     def test_a_lost_mount_is_said_and_made_up_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         local, remote = tmp_path / "local", tmp_path / "remote"
-        checkpoint.mirror(local, remote)
+        drive.mirror(local, remote)
         copy = shutil.copyfile
 
         def lost(*_: Any) -> None:
             raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
 
-        monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+        monkeypatch.setattr(drive.time, "sleep", lambda _: None)
         with monkeypatch.context() as patch, pytest.warns(UserWarning, match="not connected.*: 1 files are kept here"):
             patch.setattr(shutil, "copyfile", lost)
             checkpoint.write_json(local / "one.json", {})
@@ -504,7 +504,7 @@ class TestMirror:
             if len(calls) == 1:
                 Path(target).write_bytes(b"")
 
-        checkpoint.mirror(tmp_path / "local", tmp_path / "remote")
+        drive.mirror(tmp_path / "local", tmp_path / "remote")
         monkeypatch.setattr(shutil, "copyfile", cut_the_first)
         checkpoint.write_json(tmp_path / "local" / "a.json", {"a": 1})
         assert json.loads((tmp_path / "remote" / "a.json").read_text()) == {"a": 1}
@@ -512,7 +512,7 @@ class TestMirror:
 
     def test_no_draft_of_a_copy_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         local, remote = tmp_path / "local", tmp_path / "remote"
-        checkpoint.mirror(local, remote)
+        drive.mirror(local, remote)
         rename = os.replace
 
         def replace(source: Path, target: Path) -> None:
@@ -520,14 +520,14 @@ class TestMirror:
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
 
-        monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+        monkeypatch.setattr(drive.time, "sleep", lambda _: None)
         with monkeypatch.context() as patch, pytest.warns(UserWarning, match="could not be written"):
             patch.setattr(os, "replace", replace)
             checkpoint.write_json(local / "a.json", {"a": 1})
         assert list(remote.iterdir()) == []
         (remote / "b.json.copy").write_text("a killed session's")
-        checkpoint._mirrors.clear()  # a new session
-        checkpoint.mirror(local, remote)
+        drive._mirrors.clear()  # a new session
+        drive.mirror(local, remote)
         assert list(remote.iterdir()) == []
         assert [file.name for file in local.iterdir()] == ["a.json"]
 

@@ -14,7 +14,7 @@ KIT = PROJECT / "frlkit"
 FLOORS = [
     {"values", "disk", "origin", "options", "models"},
     {"checkpoint", "distributed", "theory"},
-    {"kernels", "sources"},
+    {"kernels", "sources", "drive"},
     {"data"},
     {"attacks", "fairness"},
     {"evaluation", "recipes", "interval"},

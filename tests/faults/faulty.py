@@ -38,7 +38,7 @@ from typing import Any
 import safetensors
 import torch
 
-from frlkit import PROJECT, attacks, checkpoint, data, kernels, models
+from frlkit import PROJECT, attacks, checkpoint, data, drive, kernels, models
 from frlkit.data import Dataset
 
 HERE = Path(__file__).resolve().parent
@@ -101,7 +101,7 @@ def child(root: str, name: str, runs: str, fault: Fault | None, options: dict[st
         os.setuid(options["user"])
     if "remote" in options:
         _unreliable(Path(options["remote"]), options["trouble"])
-        checkpoint.mirror(Path(runs), Path(options["remote"]))
+        drive.mirror(Path(runs), Path(options["remote"]))
     with _armed(fault, runs, options):
         code = carry_out(name, root, runs, options.get("words", ()))
     print(f"\nended with {code}", flush=True)
@@ -251,7 +251,7 @@ def _unreliable(remote: Path, trouble: str) -> None:
         rename(source, target)
 
     shutil.copyfile, os.replace = copy, replaced
-    checkpoint.time.sleep = lambda _: None
+    drive.time.sleep = lambda _: None
 
 
 # ---- In the parent --------------------------------------------------------------------------------------------------
