@@ -23,6 +23,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from frlkit import PROJECT, KitError, data, recipes, records, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
+from frlkit.report.names import METHODS, TRIALS
 from frlkit.scale import clusters, sweeps
 from frlkit.scale.sweeps import Run
 
@@ -213,6 +214,21 @@ class TestShipped:
 
     def test_the_digits_sweep_has_forty_runs(self) -> None:
         assert len(sweeps.plan(PROJECT / "sweeps" / "digits.yaml", PROJECT / "checkpoints")) >= 40
+
+    def test_every_method_has_equally_many_trials_and_the_notebook_reads_them(self) -> None:
+        planned = {run.recipe for run in sweeps.plan(PROJECT / "sweeps" / "tuning.yaml", PROJECT / "checkpoints")}
+        trials = {trial for others in TRIALS.values() for trial in others}
+        assert planned - {"pgd_at"} == trials
+        assert {len(others) for others in TRIALS.values()} == {2}
+        assert set(TRIALS) <= set(METHODS)
+        for title, others in TRIALS.items():
+            shipped = recipes.configure(METHODS[title], "fashion_mnist", 0)
+            for trial, factor in zip(others, (1 / 3, 3), strict=True):
+                config = recipes.configure(trial, "fashion_mnist", 0)
+                for rate in ("alpha_nat", "alpha_bdy", "alpha_margin", "strength"):
+                    before, after = getattr(shipped, rate), getattr(config, rate)
+                    scaled = before and trial.split(",", 1)[1].find(rate) >= 0
+                    assert after == (pytest.approx(before * factor, rel=0.12) if scaled else before), (trial, rate)
 
 
 def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str, Any] | None = None) -> None:

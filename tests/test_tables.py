@@ -58,6 +58,20 @@ def test_scores_of_nothing() -> None:
     assert scored.index.names == ["recipe", "seed"]
 
 
+def test_last_epochs_validation_by_hand() -> None:
+    def history(natural: list[float], robust: list[float]) -> dict[str, Any]:
+        earlier = {"validation": {"natural": [1.0, 1.0], "robust": [1.0, 1.0]}}
+        return {"epochs": [earlier, {"validation": {"natural": natural, "robust": robust}}]}
+
+    table = tables.last_epoch({"uniform": [history([0.1, 0.3], [0.5, 0.4]), history([0.3, 0.1], [0.6, 0.9])]})
+    assert table.loc["uniform"].to_dict() == {
+        "natural average": 20.0,
+        "natural worst": 30.0,
+        "robust average": 60.0,
+        "robust worst": 70.0,
+    }
+
+
 def test_means_over_seeds() -> None:
     assert tables.means(tables.scores(RECORDS)).loc["control", "robust worst"] == "55.0 ± 7.1"
 

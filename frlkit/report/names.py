@@ -119,6 +119,26 @@ CONTROLS: dict[str, str] = {
     "Report's Remargin": "Report's Remargin control",
 }
 
+#: Title -> what was tried on validation images beside its shipped rates: a third of them, and three times.
+TRIALS: dict[str, tuple[str, str]] = {
+    "Reweight": ("algorithm1_reweight,alpha_nat=0.1,alpha_bdy=0.1", "algorithm1_reweight,alpha_nat=0.9,alpha_bdy=0.9"),
+    "Remargin": (
+        "algorithm1_remargin,alpha_nat=0.1,alpha_margin=1",
+        "algorithm1_remargin,alpha_nat=0.9,alpha_margin=9",
+    ),
+    "Reweight + Remargin": (
+        "algorithm1_both,alpha_nat=0.1,alpha_bdy=0.1,alpha_margin=1",
+        "algorithm1_both,alpha_nat=0.9,alpha_bdy=0.9,alpha_margin=9",
+    ),
+    "Baseline reweight": ("baseline_reweight,alpha_bdy=0.1", "baseline_reweight,alpha_bdy=0.9"),
+    "DAFA": ("dafa,strength=0.3", "dafa,strength=3"),
+    "Biases of PGD-AT moved": ("intercept,alpha_nat=0.3,alpha_bdy=0.3", "intercept,alpha_nat=3,alpha_bdy=3"),
+    "Output norms of PGD-AT tuned": (
+        "head_norms,alpha_nat=0.03,alpha_bdy=0.03",
+        "head_norms,alpha_nat=0.3,alpha_bdy=0.3",
+    ),
+}
+
 #: Classes of Fashion-MNIST that look alike and are mostly mistaken for one another.
 CONFUSABLE = ("T-shirt/top", "Pullover", "Coat", "Shirt")
 

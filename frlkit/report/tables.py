@@ -221,6 +221,19 @@ def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), index, columns, dtype=float)
 
 
+def last_epoch(histories: Records) -> pd.DataFrame:
+    """One row a recipe: average and worst class of the last epoch's validation errors in per cent, mean over seeds."""
+    rows = {}
+    for recipe, seeds in histories.items():
+        found = [history["epochs"][-1]["validation"] for history in seeds]
+        rows[recipe] = {
+            f"{kind} {what}": 100 * np.mean([getattr(np, how)(errors[kind]) for errors in found])
+            for kind in ("natural", "robust")
+            for what, how in (("average", "mean"), ("worst", "max"))
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").round(1)
+
+
 def means(scored: pd.DataFrame) -> pd.DataFrame:
     """`scores`, or their differences, as mean ± sd over seeds: one row per recipe."""
     return pd.DataFrame(
