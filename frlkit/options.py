@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,12 +17,23 @@ from frlkit import PROJECT, KitError
 
 
 class Group(click.Group):
-    """Shows a `KitError`, or a file that cannot be read or written, as one sentence; Ctrl-C ends with status 130."""
+    """Shows a `KitError`, or a file that cannot be read or written, as one sentence; Ctrl-C ends with status 130.
+
+    A terminal that knows fewer characters, such as one of code page 1252, shows "?" for the others.
+    """
+
+    def main(self, *values: Any, **named: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().main(*values, **named)
 
     def invoke(self, context: click.Context) -> Any:
         try:
             with contextlib.redirect_stdout(io.StringIO()) if context.params["quiet"] else contextlib.nullcontext():
                 return super().invoke(context)
+        except BrokenPipeError:  # of `| head`: click knows what to do
+            raise
         except (KitError, OSError) as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:

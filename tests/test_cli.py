@@ -310,6 +310,34 @@ class TestAsAProcess:
         assert json.loads((tmp_path / "out.json").read_text())["images"] == 360
 
 
+class TestStandardOutput:
+    """Of a group of the kit's kind in a process of its own, which needs no torch."""
+
+    CODE = """
+import click
+from frlkit.options import Group
+group = Group("kit", params=[click.Option(["-q", "--quiet"])])
+group.command("say")(lambda: [click.echo(line) for line in {lines}])
+group(["say"])
+"""
+
+    def start(self, lines: str, **variables: str) -> subprocess.Popen[bytes]:
+        code = self.CODE.format(lines=lines)
+        env = {**os.environ, "PYTHONPATH": str(PROJECT), **variables}
+        return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def test_a_reader_that_has_enough_gets_no_traceback(self) -> None:
+        with self.start("['x'] * 10**5") as process:
+            assert process.stdout.read(1) == b"x"
+            process.stdout.close()
+            assert process.stderr.read() == b""
+
+    def test_a_terminal_of_fewer_characters(self) -> None:
+        process = self.start("['4.1 ± 0.2, τ = 7']", PYTHONIOENCODING="cp1252")
+        assert process.communicate() == ("4.1 ± 0.2, ? = 7".encode("cp1252") + os.linesep.encode(), b"")
+        assert process.returncode == 0
+
+
 def test_quiet_prints_nothing_but_errors(tmp_path: Path) -> None:
     words = ("--dataset", "digits", "--epochs", "1", "--runs", tmp_path)
     result = call("-q", "train", "natural", *words)
