@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -254,7 +257,8 @@ def spelled(recipe: str) -> str:
     return ",".join([name, *(f"{key}={to_text(value)}" for key, value in varied.items())])
 
 
-def _parts(recipe: str) -> tuple[str, dict[str, Any]]:
+@functools.lru_cache(maxsize=1024)  # a plan asks many times for each of its recipes
+def _parts(recipe: str) -> tuple[str, Mapping[str, Any]]:
     """A recipe's name, and the fields varied in it."""
     name, *variations = recipe.split(",")
     if name not in RECIPES:
@@ -266,8 +270,10 @@ def _parts(recipe: str) -> tuple[str, dict[str, Any]]:
         if key not in known or key in ("dataset", "seed"):
             names = ", ".join(key for key in known if key not in ("dataset", "seed"))
             raise KitError(f"{key!r} is no field of a run of {name}: use {names}")
+        if key in varied:
+            raise KitError(f"{key} is given twice in {recipe!r}: give it once")
         varied[key] = from_text(key, text, known[key])
-    return name, varied
+    return name, types.MappingProxyType(varied)
 
 
 def described(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ RUNS/DATASET/RECIPE/seedN holds ``checkpoint.pt`` after every epoch of a run, an
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +32,23 @@ Records = dict[str, list[dict[str, Any]]]  # recipe -> one per seed
 
 
 def folder(runs: Path, recipe: str, config: Config) -> Path:
-    """Where a run lives: RUNS/DATASET/RECIPE/seedN, data set and recipe in their one spelling."""
-    return runs / folder_name(config.dataset) / spelled(recipe) / f"seed{config.seed}"
+    """Where a run lives: RUNS/DATASET/RECIPE/seedN, data set and recipe in their one spelling.
+
+    Where a folder has the recipe's fields in another order, it is that one.
+    """
+    place, name = runs / folder_name(config.dataset), spelled(recipe)
+    try:
+        if name.count(",") > 1 and not (place / name).exists() and place.is_dir():
+            name = _orders(place, place.stat().st_mtime_ns).get(frozenset(name.split(",")), name)
+    except OSError as error:
+        raise disk.not_read(place, error) from None
+    return place / name / f"seed{config.seed}"
+
+
+@functools.lru_cache(maxsize=8)
+def _orders(place: Path, _changed: int) -> dict[frozenset[str], str]:
+    """The recipes of a data set's folder by their parts, as long as it does not change."""
+    return {frozenset(path.name.split(",")): path.name for path in sorted(place.iterdir())}
 
 
 def files(place: Path) -> dict[str, bytes]:

@@ -19,10 +19,14 @@ not run again, so the same command goes on after Ctrl-C, a kill or a failure.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +59,13 @@ class Run:
     def name(self) -> str:
         return "/".join(self.folder.parts[-3:])  # DATASET/RECIPE/seedN
 
-    @property
+    @functools.cached_property
     def start(self) -> Run | None:
         """The run that has to be finished before this one."""
         config = recipes.start_of(self.config)
         return config and Run(self.config.start, config, runs.start_folder(self.config, self.folder))
 
-    @property
+    @functools.cached_property
     def depth(self) -> int:
         """How many runs have to be finished before this one, one after another."""
         return 0 if self.start is None else 1 + self.start.depth
@@ -99,14 +103,33 @@ def plan(path: Path, root: Path) -> list[Run]:
     if unknown := set(sweep) - {"grid", *DEFAULTS}:
         names = ", ".join(["grid", *DEFAULTS])
         raise KitError(f"{min(map(str, unknown))!r} is no key of a sweep beside its grid: use {names}")
-    found: dict[Path, Run] = {}
-    for entry in sweep.pop("grid"):
-        for run in _expand(entry, sweep, root):
-            for one in _with_starts(run):
-                _refuse_two(found.setdefault(one.folder, one), one)
-    for run in found.values():
-        _ = run.done  # refuses another run's folder
+    found: dict[Any, Run] = {}
+    with _counted(f"planning {path.name}") as count:
+        for entry in sweep.pop("grid"):
+            for run in _expand(entry, sweep, root):
+                for one in _with_starts(run):
+                    fields = frozenset(one.folder.parent.name.split(","))  # in whatever order
+                    _refuse_two(found.setdefault((fields, one.folder.parents[1], one.folder.name), one), one)
+                count()
+        for run in found.values():
+            _ = run.done  # refuses another run's folder
     return sorted(found.values(), key=lambda run: run.depth)
+
+
+@contextlib.contextmanager
+def _counted(title: str) -> Iterator[Callable[[], Any]]:
+    """What counts runs, and says so where it takes more than a second."""
+    end = time.monotonic() + 1
+    with tqdm(desc=title, unit="run", delay=1, leave=False, disable=not watched()) as bar:
+
+        def count() -> None:
+            nonlocal end
+            bar.update()
+            if bar.disable and time.monotonic() > end:
+                print(f"{title} ...", flush=True)
+                end = math.inf
+
+        yield count
 
 
 def _with_starts(run: Run) -> list[Run]:
@@ -116,8 +139,8 @@ def _with_starts(run: Run) -> list[Run]:
 
 def _refuse_two(one: Run, other: Run) -> None:
     """Raise `KitError` where two runs of one folder differ."""
-    here, there = asdict(one.config), asdict(other.config)
-    for name in here:
+    here, there = vars(one.config), vars(other.config)
+    for name in here if here != there else ():
         if here[name] != there.get(name):
             raise KitError(
                 f"{one.name} is asked for twice, with {name} = {here[name]!r} and {there.get(name)!r}: make them equal "
