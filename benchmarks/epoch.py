@@ -4,7 +4,8 @@
 
 Every comparison runs both sides alternately on the same images, weights and number of threads, several times; its
 ratio is the median of the pairs' ratios. Work is measured on a slice and is proportional to the images. The random
-images cost what real ones do. FRLKIT_KERNEL=off measures the portable path.
+images cost what real ones do; every image is attacked, although the kit leaves out those that are wrong clean when it
+evaluates. FRLKIT_KERNEL=off measures the portable path.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def evaluate_with_torchattacks(network: nn.Module, split: Split, batch: int) -> 
 def reweight_epoch(model: nn.Module, split: Split, validation: Split) -> None:
     """An epoch of FRL Reweight: one evaluation updates the multipliers, then weighted training under PGD-10."""
     config = recipes.configure("algorithm1_reweight", "fashion_mnist", 0, batch_size=BATCH)
-    errors = evaluation.class_errors(model, validation, Attack(steps=20))
-    natural, boundary = torch.from_numpy(errors.natural), torch.from_numpy(errors.boundary)
+    natural = torch.from_numpy(evaluation.class_errors(model, validation, Attack(0, steps=0)).natural)
+    boundary = torch.from_numpy(evaluation.changed(model, validation, Attack(steps=20)))
     state = fairness.update(fairness.initial(len(natural)), natural, boundary, config)
     balance = fairness.Setting(*(values.float() for values in fairness.setting(state, config)))
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -186,7 +187,7 @@ def main(images: int, pairs: int, threads: int, out: str | None) -> None:
             images,
             20 * FLOP_ATTACK_STEP + 4 * FORWARD,
             lambda: evaluate_with_torchattacks(alone, part, batch),
-            lambda: evaluation.class_errors(model, split, Attack(steps=20)) and None,
+            lambda: evaluation.changed(model, split, Attack(steps=20)) is None,
         )
 
     rows = [

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import KitError, kernels
+from frlkit import KitError, kernels, models
 from frlkit.distributed import share_out
 
 LOSSES = ("ce", "kl", "margin")
@@ -34,10 +34,11 @@ def pgd(
     step_size: float | Tensor,
     steps: int,
     *,
-    random_start: bool | str = True,
+    random_start: bool | float | str = True,
     restarts: int = 1,
     loss: str = "ce",
     generator: torch.Generator | None = None,
+    only: Tensor | None = None,
 ) -> Tensor:
     """Maximise a loss within the l-infinity ball around each image, by signed gradient steps (Madry et al., 2018).
 
@@ -52,10 +53,12 @@ def pgd(
     y : (N,), int64 labels; with ``loss="kl"`` only their number counts
     eps, step_size : radius and step in [0, 1], a number or one value per sample, (N,)
     steps : number of steps, 0 or more
-    random_start : True starts uniformly in the ball, False at x, "gaussian" at x + 0.001 * normal noise (TRADES)
+    random_start : True starts uniformly in the ball, a number such as 2 / 3 within that share of the radius, False at x,
+        "gaussian" at x + 0.001 * normal noise (TRADES)
     restarts : tries with fresh starts; each sample keeps the try with the largest margin (``kl``: largest divergence)
     loss : "ce" cross-entropy; "kl" KL(p(x) || p(x')), the TRADES attack; "margin" max of the other logits - logit of y
     generator : where the starts come from; None is torch's global generator
+    only : (N,) bool, the samples to attack, each from the start that it would have anyway; the others come back as x
 
     Returns
     -------
@@ -72,12 +75,17 @@ def pgd(
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     with evaluating(model):
         _check_labels(model, x, y)
+        model = models.folded(model)
         targets = _frozen_logits(model, x).softmax(1) if loss == "kl" else y
         best = best_score = None
         for _ in range(restarts):
             adversarial = _start(x, eps, random_start, generator).clamp(low, high)
             parts = (x, adversarial, targets, eps, step_size, low, high)
-            adversarial = share_out(partial(_ascend, model, parts, steps, loss), x)
+            if only is not None:
+                parts = tuple(part[only] for part in parts)
+            adversarial = share_out(partial(_ascend, model, parts, steps, loss), parts[0])
+            if only is not None:
+                adversarial = x.clone().index_put_((only,), adversarial)
             if restarts == 1:
                 return adversarial
             score = objective(_frozen_logits(model, adversarial), targets, "margin" if loss == "ce" else loss)
@@ -87,6 +95,15 @@ def pgd(
                 better = score > best_score
                 best, best_score = torch.where(_column(better), adversarial, best), torch.maximum(score, best_score)
     return best
+
+
+def n_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
+    """One signed step of length eps from x + uniform noise within twice eps (de Jorge et al., 2022), for training.
+
+    Nothing is clipped to the ball of radius eps, as published, only to [0, 1]; the noise is what keeps single-step
+    training from collapsing. Unlike the published code the model runs in eval mode, as in `pgd`. `eps` in [0, 1/3].
+    """
+    return pgd(model, x, y, 3 * eps, eps, 1, random_start=2 / 3, generator=generator)  # no further than 3 eps: no clip
 
 
 def objective(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
@@ -108,6 +125,7 @@ def _ascend(model: nn.Module, parts: tuple[Tensor, ...], steps: int, loss: str, 
     x, adversarial, targets, eps, step_size, low, high = (part[rows] for part in parts)
     if path := kernels.fast(model):
         return path.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
+    adversarial, low, high = (part.to(memory_format=models.layout(model)) for part in (adversarial, low, high))
     for _ in range(steps):
         adversarial = adversarial.requires_grad_()
         with torch.enable_grad():
@@ -117,13 +135,13 @@ def _ascend(model: nn.Module, parts: tuple[Tensor, ...], steps: int, loss: str, 
     return adversarial
 
 
-def _start(x: Tensor, eps: Tensor, random_start: bool | str, generator: torch.Generator | None) -> Tensor:
+def _start(x: Tensor, eps: Tensor, random_start: bool | float | str, generator: torch.Generator | None) -> Tensor:
     if random_start is False:
         return x.clone()
     noise = torch.empty_like(x)
     if random_start == "gaussian":
         return x + noise.normal_(std=0.001, generator=generator)
-    return x + eps * noise.uniform_(-1, 1, generator=generator)
+    return x + random_start * eps * noise.uniform_(-1, 1, generator=generator)
 
 
 @contextlib.contextmanager
@@ -156,7 +174,7 @@ def _check(
     eps: float | Tensor,
     step_size: float | Tensor,
     steps: int,
-    random_start: bool | str,
+    random_start: bool | float | str,
     restarts: int,
     loss: str,
 ) -> tuple[Tensor, Tensor]:
@@ -171,8 +189,9 @@ def _check(
         raise KitError(f"y of shape {tuple(y.shape)}, {y.dtype}: give one int64 label for each of the {len(x)} images")
     if loss not in LOSSES:
         raise KitError(f"loss = {loss!r} is unknown: use one of {', '.join(LOSSES)}")
-    if not isinstance(random_start, bool) and random_start != "gaussian":
-        raise KitError(f"random_start = {random_start!r}: use True, False or 'gaussian'")
+    share = isinstance(random_start, (bool, float)) and 0 <= random_start <= 1
+    if not share and random_start != "gaussian":
+        raise KitError(f"random_start = {random_start!r}: use True, False, a share of the radius or 'gaussian'")
     for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise KitError(f"{name} = {value!r}: use a whole number, {least} or more")

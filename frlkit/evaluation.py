@@ -106,15 +106,22 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
         return logits(model, images).argmax(1)
 
 
-def _attacked(model: nn.Module, split: Split, attack: Attack) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images, labels and adversarial images of a whole split, batch by batch; where someone watches, with a bar."""
+def _attacked(
+    model: nn.Module, split: Split, attack: Attack, wrong_too: bool = True
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Labels, clean predictions and adversarial images of a whole split, batch by batch, with a bar where one watches.
+
+    Without `wrong_too`, images that are wrong clean come back as they are; the others do not notice.
+    """
     radius, step = attack.eps_255 / 255, attack.step_255 / 255
     settings = {"restarts": attack.restarts, "loss": attack.loss}
     starts = range(0, len(split), BATCH)
     for number, start in enumerate(tqdm(starts, desc=str(attack), leave=False, delay=2, disable=not watched())):
         x, y = split.batch(slice(start, start + BATCH))
         generator = stream(attack.seed, number, device=x.device)
-        yield x, y, pgd(model, x, y, radius, step, attack.steps, generator=generator, **settings)
+        clean = predict(model, x)
+        only = None if wrong_too else clean == y
+        yield y, clean, pgd(model, x, y, radius, step, attack.steps, generator=generator, only=only, **settings)
 
 
 def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:
@@ -132,27 +139,29 @@ def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:
 def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     """Evaluate a whole split in batches, clean and under `attack`.
 
-    The clean image lies in the ball, so a sample that is wrong clean counts as wrong attacked too.
+    The clean image lies in the ball, so a sample that is wrong clean counts as wrong attacked too, and is not attacked.
 
     Raises `KitError` where a class has no image or the network has too few outputs for the labels.
     """
-    labels, clean, attacked = _predictions(model, split, attack)
+    labels, clean, attacked = _predictions(model, split, attack, wrong_too=False)
     return tally(labels, clean, np.where(clean == labels, attacked, clean), split.classes)
 
 
 @_in_float32
 def changed(model: nn.Module, split: Split, attack: Attack) -> np.ndarray:
     """Share of each class whose prediction the attack changes, right or wrong, (C,): the report's boundary error."""
-    labels, clean, attacked = _predictions(model, split, attack)
+    labels, clean, attacked = _predictions(model, split, attack, wrong_too=True)
     return np.bincount(labels, clean != attacked) / np.bincount(labels)
 
 
-def _predictions(model: nn.Module, split: Split, attack: Attack) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _predictions(
+    model: nn.Module, split: Split, attack: Attack, wrong_too: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, and predicted classes clean and under attack, (N,) each."""
     if not len(split):
         raise KitError("the split has no images: its errors are undefined")
     found = [
-        (y, predict(model, x), predict(model, adversarial)) for x, y, adversarial in _attacked(model, split, attack)
+        (y, clean, predict(model, adversarial)) for y, clean, adversarial in _attacked(model, split, attack, wrong_too)
     ]
     labels, clean, attacked = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
     return labels, clean, attacked
@@ -163,7 +172,7 @@ def _predictions(model: nn.Module, split: Split, attack: Attack) -> tuple[np.nda
 def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     """Mean probability of each class over the attacked images of each class, (C, C) float64: true by predicted."""
     sums: Tensor | float = 0.0
-    for _, y, adversarial in _attacked(model, split, attack):
+    for y, _, adversarial in _attacked(model, split, attack):
         with evaluating(model):
             probabilities = logits(model, adversarial).softmax(1).double().cpu()
         sums = sums + F.one_hot(y.cpu(), probabilities.shape[1]).double().T @ probabilities

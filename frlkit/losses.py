@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit import fairness
-from frlkit.attacks import logits, pgd
+from frlkit.attacks import logits, n_fgsm, pgd
 from frlkit.recipes import Config, FairConfig
 
 
@@ -21,7 +21,7 @@ def loss(
     generator: torch.Generator,
     balance: fairness.Setting | None = None,
 ) -> Tensor:
-    """The training loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT), or with TRADES' KL term.
+    """The training loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT, N-FGSM), or with TRADES' KL term.
 
     With a `balance`, the loss of a retraining run: every term is a mean weighted by class, and the attack has each
     class's radius.
@@ -35,6 +35,8 @@ def loss(
         share = math.ceil(config.attacked * len(x))  # the batch is in random order, so its head is a random share
         adversarial = pgd(model, x[:share], y[:share], *attack, generator=generator)
         return F.cross_entropy(logits(model, torch.cat([adversarial, x[share:]])), y)
+    if config.method == "n_fgsm":
+        return F.cross_entropy(logits(model, n_fgsm(model, x, y, attack[0], generator)), y)
     adversarial = pgd(model, x, y, *attack, loss="kl", random_start="gaussian", generator=generator)
     clean = logits(model, x)
     divergence = F.kl_div(logits(model, adversarial).log_softmax(1), clean.softmax(1), reduction="batchmean")

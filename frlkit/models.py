@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from frlkit import KitError
 
@@ -45,7 +47,8 @@ class ConvNet(nn.Module):
     """The plain CNNs of the paper's GTSRB experiments: 3x3 convolutions with ReLU and 2x2 max pooling, then one linear.
 
     The paper gives the number of convolutions, 3 or 4, and no widths; here they double from 32. Images are
-    (N, 3, 32, 32). 113,738 parameters for three convolutions and ten classes, 398,666 for four.
+    (N, 3, 32, 32). 113,738 parameters for three convolutions and ten classes, 398,666 for four. ReLU follows the pooling,
+    a quarter of the work: both are monotone, so values and gradients are those of the other order, bit for bit.
     """
 
     image_shape = (3, 32, 32)
@@ -61,7 +64,7 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.image_shape)
         for convolution in self.convolutions:
-            images = F.max_pool2d(convolution(images).relu(), 2)
+            images = F.max_pool2d(convolution(images), 2).relu()
         return self.linear(images.flatten(1))
 
 
@@ -113,26 +116,22 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = _convolution(self.image_shape[0], widths[0])
-        preactivation = block is _PreActivationBlock
-        self.stem_bn = nn.Identity() if preactivation else nn.BatchNorm2d(widths[0])
+        self.preactivation = block is _PreActivationBlock
+        self.stem_bn = nn.Identity() if self.preactivation else nn.BatchNorm2d(widths[0])
         layers, before = [], widths[0]
         for group, (count, after) in enumerate(zip(blocks, widths[1:], strict=True)):
             for number in range(count):
                 layers.append(block(before, after, stride=2 if group and not number else 1))
                 before = after
         self.blocks = nn.Sequential(*layers)
-        self.last_bn = nn.BatchNorm2d(before) if preactivation else nn.Identity()
+        self.last_bn = nn.BatchNorm2d(before) if self.preactivation else nn.Identity()
         self.linear = nn.Linear(before, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.image_shape)
-        x = self.stem(images)
-        if not isinstance(self.stem_bn, nn.Identity):
-            x = self.stem_bn(x).relu()
-        x = self.blocks(x)
-        if not isinstance(self.last_bn, nn.Identity):
-            x = self.last_bn(x).relu()
-        return self.linear(x.mean((2, 3)))
+        x = self.stem_bn(self.stem(images))
+        x = self.last_bn(self.blocks(x if self.preactivation else x.relu()))
+        return self.linear((x.relu() if self.preactivation else x).mean((2, 3)))
 
 
 def _convolution(before: int, after: int, stride: int = 1) -> nn.Conv2d:
@@ -154,6 +153,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "cnn3": partial(ConvNet, depth=3),
     "cnn4": partial(ConvNet, depth=4),
     "preact_resnet18": partial(ResNet, block=_PreActivationBlock, blocks=(2, 2, 2, 2)),
+    "preact_resnet18_w16": partial(
+        ResNet, block=_PreActivationBlock, blocks=(2, 2, 2, 2), widths=(16, 16, 32, 64, 128)
+    ),
     "resnet18": partial(ResNet, block=_BasicBlock, blocks=(2, 2, 2, 2)),
     "resnet34": partial(ResNet, block=_BasicBlock, blocks=(3, 4, 6, 3)),
     "wrn_28_10": partial(ResNet, block=_PreActivationBlock, blocks=(4, 4, 4), widths=(16, 160, 320, 640)),
@@ -166,6 +168,7 @@ TITLES = {
     "cnn3": "3-layer CNN",
     "cnn4": "4-layer CNN",
     "preact_resnet18": "PreAct-ResNet-18",
+    "preact_resnet18_w16": "PreAct-ResNet-18 of width 16",
     "resnet18": "ResNet-18",
     "resnet34": "ResNet-34",
     "wrn_28_10": "WRN-28-10",
@@ -196,6 +199,50 @@ def nonfinite(weights: Mapping[str, Any]) -> str:
 
 
 def place(model: nn.Module, device: str | torch.device) -> nn.Module:
-    """The model on a device; colour networks on a GPU with channels last, the layout that tensor cores want."""
-    colour_on_gpu = torch.device(device).type == "cuda" and not isinstance(model, LeNet5)
-    return model.to(device, memory_format=torch.channels_last if colour_on_gpu else torch.preserve_format)
+    """The model on a device; colour networks with channels last, the layout that convolutions of many channels want."""
+    return model.to(device, memory_format=torch.preserve_format if isinstance(model, LeNet5) else torch.channels_last)
+
+
+def layout(model: nn.Module) -> torch.memory_format:
+    """The layout of the images that this model is fastest with: that of its convolutions' weights."""
+    last = any(weight.ndim == 4 and not weight.is_contiguous() for weight in model.parameters())
+    return torch.channels_last if last else torch.preserve_format
+
+
+def intact(model: nn.Module) -> bool:
+    """Whether no part of the model has a hook, or a ``forward`` of its own."""
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return not any("forward" in vars(part) or any(getattr(part, kind) for kind in hooks) for part in model.modules())
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy that computes the same in eval mode, but for rounding, with less batch normalisation; for attacks.
+
+    Where one follows a convolution of a `ResNet` it becomes part of its weights. Any other model, and one whose layers
+    were replaced, pruned or reparametrised, comes back as it is.
+    """
+    if type(model) is not ResNet or not intact(model) or not {type(part) for part in model.modules()} <= _OWN:
+        return model
+    copied = copy.deepcopy(model)
+    for part in list(copied.modules()):
+        for before, after in _FOLDED.get(type(part), ()):
+            names = dict(part.named_children())
+            if before in names and after in names and isinstance(names[after], nn.BatchNorm2d):
+                _fold(names[before], names[after])
+                setattr(part, after, nn.Identity())
+    return copied
+
+
+_OWN = {ResNet, _BasicBlock, _PreActivationBlock, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Linear}
+_FOLDED = {  # a part's convolutions, and the batch normalisation that follows each
+    ResNet: (("stem", "stem_bn"),),
+    _BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
+    _PreActivationBlock: (("conv1", "bn2"),),
+    nn.Sequential: (("0", "1"),),  # a shortcut
+}
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    weights = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+    convolution.weight, convolution.bias = weights

@@ -25,7 +25,7 @@ def _named_data_set(name: str) -> str:
 class Config:
     """Everything that decides a run's result; radius and step in 1/255. A value that does not fit raises `KitError`."""
 
-    method: Literal["natural", "pgd_at", "trades"]
+    method: Literal["natural", "pgd_at", "trades", "n_fgsm"]  # n_fgsm: its one step is as long as the radius
     dataset: Annotated[str, AfterValidator(_named_data_set)] = "fashion_mnist"
     model: Literal[tuple(MODELS)] = "lenet5"  # type: ignore[valid-type]
     seed: Seed = 0
@@ -111,6 +111,7 @@ BASE: dict[str, Recipe] = {
     ),
     "pgd_at": Recipe("PGD-AT, whole batch (paper)", "paper", {"method": "pgd_at", "attacked": 1.0, "steps": 10}),
     "trades": Recipe("TRADES", "paper", {"method": "trades", "beta": 6.0, "steps": 10}),
+    "n_fgsm": Recipe("N-FGSM, one step", "de Jorge et al. 2022", {"method": "n_fgsm", "steps": 1}),
 }
 
 #: Retraining recipes: what differs from the defaults of `fairness.Rule` and `FairConfig`.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from frlkit import KitError, attacks, models
-from frlkit.attacks import objective, pgd
+from frlkit.attacks import n_fgsm, objective, pgd
 
 EPS, STEP = 8 / 255, 2 / 255
 
@@ -59,6 +59,45 @@ def batch(count: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(count, 1, size, size, generator=generator).mul(1.6).sub(0.3).clamp(0, 1)
     return x, torch.randint(0, 10, (count,), generator=generator)
+
+
+class TestNFgsm:
+    """Against the method's own formula, from the same noise, on the fast paths and on plain autograd."""
+
+    @pytest.mark.parametrize("kernel", ["auto", "off"])
+    def test_formula(self, lenet: nn.Module, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+        monkeypatch.setenv("FRLKIT_KERNEL", kernel)
+        x, y = batch(20)
+        noise = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator().manual_seed(5))
+        start = (x + 2 * EPS * noise).clamp(0, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(lenet(start), y, reduction="sum"), start)
+        expected = (start.detach() + EPS * gradient.sign()).clamp(0, 1)
+        ours = n_fgsm(lenet, x, y, EPS, torch.Generator().manual_seed(5))
+        clear = gradient.abs() > 1e-4 * gradient.abs().max()
+        assert clear.float().mean() > 0.9
+        torch.testing.assert_close(ours[clear], expected[clear], rtol=0, atol=1e-6)
+        assert (ours - x).abs().max() > 2 * EPS  # it leaves the ball, as published
+
+
+class TestOnly:
+    """Samples left out come back as they are, and the others do not notice."""
+
+    @pytest.mark.parametrize("restarts", [1, 2])
+    def test_the_others_do_not_notice(self, lenet: nn.Module, restarts: int) -> None:
+        x, y = batch(37)
+        only = torch.rand(37, generator=torch.Generator().manual_seed(1)) < 0.6
+        attack = (lenet, x, y, EPS, STEP, 4)
+        whole, part = (
+            pgd(*attack, restarts=restarts, generator=torch.Generator().manual_seed(2), only=rows)
+            for rows in (None, only)
+        )
+        torch.testing.assert_close(part[only], whole[only])
+        assert torch.equal(part[~only], x[~only])
+        assert not torch.equal(whole[~only], x[~only])
+
+    def test_nobody(self, lenet: nn.Module) -> None:
+        x, y = batch(3)
+        assert torch.equal(pgd(lenet, x, y, EPS, STEP, 2, only=torch.zeros(3, dtype=torch.bool)), x)
 
 
 class TestAgainstTorchattacks:

@@ -39,6 +39,23 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("computed again")
 
 
+def test_what_is_wrong_clean_is_not_attacked(model: nn.Module, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing shows of it: errors and confusions are those of an attack on everything."""
+    attacked = []
+
+    def spy(network: nn.Module, x: Tensor, y: Tensor, *rest: Any, only: Tensor | None = None, **more: Any) -> Tensor:
+        attacked.append(len(x) if only is None else int(only.sum()))
+        return attacks.pgd(network, x, y, *rest, **more)
+
+    found = evaluation.class_errors(model, tiny.test, QUICK)
+    monkeypatch.setattr(evaluation, "pgd", spy)
+    everything = evaluation.class_errors(model, tiny.test, QUICK)
+    assert attacked == [int(found.right.sum())]
+    assert 0 < attacked[0] < len(tiny.test)
+    assert found.confusion.tolist() == everything.confusion.tolist()
+    assert found.robust.tolist() == everything.robust.tolist()
+
+
 class TestTally:
     labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     clean = np.array([0, 0, 0, 1, 1, 1, 2, 0, 0, 2])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frlkit import KitError, evaluation, models
+from frlkit import KitError, checkpoint, evaluation, models
 from frlkit.attacks import pgd
 from frlkit.audit.weights import load_weights
 
@@ -108,10 +108,12 @@ def residual(widths: tuple[int, ...], blocks: tuple[int, ...], preactivation: bo
 
 
 RESNET, WIDE = (64, 64, 128, 256, 512), (16, 160, 320, 640)
+QUARTER = (16, 16, 32, 64, 128)
 COUNTS = {
     "cnn3": sum(convolution(*pair, bias=True) for pair in ((3, 32), (32, 64), (64, 128))) + 10 * (128 * 16 + 1),
     "cnn4": sum(convolution(*p, bias=True) for p in ((3, 32), (32, 64), (64, 128), (128, 256))) + 10 * (256 * 4 + 1),
     "preact_resnet18": residual(RESNET, (2, 2, 2, 2), True, 10),
+    "preact_resnet18_w16": residual(QUARTER, (2, 2, 2, 2), True, 10),
     "resnet18": residual(RESNET, (2, 2, 2, 2), False, 10),
     "resnet34": residual(RESNET, (3, 4, 6, 3), False, 10),
     "wrn_28_10": residual(WIDE, (4, 4, 4), True, 10),
@@ -120,7 +122,7 @@ COUNTS = {
 
 class TestColourNetworks:
     def test_all_are_counted(self) -> None:
-        assert {"lenet5", *COUNTS} == set(models.MODELS)
+        assert {"lenet5", *COUNTS} == set(models.MODELS) == set(models.TITLES)
         # As published: WRN-28-10 has 36.5 million (Zagoruyko and Komodakis), CIFAR's ResNet-18 11.17 million.
         assert (COUNTS["wrn_28_10"], COUNTS["resnet18"]) == (36_479_194, 11_173_962)
 
@@ -168,6 +170,75 @@ class TestColourNetworks:
         assert torch.equal(adversarial, frozen)  # the mode that the model was in does not show
         model.train()(x)
         assert not torch.equal(model.stem_bn.running_mean, before["stem_bn.running_mean"])
+
+
+    def test_relu_after_pooling_is_relu_before_it(self) -> None:
+        """Bit for bit, values and gradients, ties and windows that are negative throughout included."""
+        model = models.build("cnn3", seed=0)
+        before = nn.Sequential(
+            *(part for conv in model.convolutions for part in (conv, nn.ReLU(), nn.MaxPool2d(2))), nn.Flatten()
+        )
+        x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+        found = []
+        for network in (model, nn.Sequential(before, model.linear)):
+            pixels = x.clone().requires_grad_()
+            logits = network(pixels)
+            wanted = [pixels, *model.parameters()]
+            found.append([logits, *torch.autograd.grad(logits.square().sum(), wanted)])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+    @pytest.mark.parametrize("name", ["cnn3", "preact_resnet18_w16", "lenet5"])
+    def test_channels_last_changes_no_weight_and_no_file(self, name: str) -> None:
+        plain, placed = (models.build(name, seed=3) for _ in range(2))
+        assert models.layout(models.place(placed, "cpu")) is (
+            torch.preserve_format if name == "lenet5" else torch.channels_last
+        )
+        assert models.layout(plain) is torch.preserve_format
+        assert checkpoint.digest(dict(plain.state_dict())) == checkpoint.digest(dict(placed.state_dict()))
+
+
+def trained(name: str) -> nn.Module:
+    """A residual network whose batch statistics and affine weights are not those of birth, in eval mode."""
+    model = models.build(name, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor in (part.running_mean, part.bias.data):
+                tensor.normal_(std=0.3, generator=generator)
+            for tensor in (part.running_var, part.weight.data):
+                tensor.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+class TestFolded:
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize(("name", "left"), [("preact_resnet18_w16", 9), ("resnet18", 0)])
+    def test_computes_the_same_with_fewer_layers(self, name: str, left: int) -> None:
+        model = trained(name)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        folded = models.folded(model)
+        assert sum(isinstance(part, nn.BatchNorm2d) for part in folded.modules()) == left
+        torch.testing.assert_close(folded(self.x), model(self.x), rtol=1e-3, atol=1e-4)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_whatever_is_not_as_built_stays(self) -> None:
+        lenet, hooked, pruned, replaced = models.build("lenet5"), *(trained("preact_resnet18_w16") for _ in range(3))
+        hooked.blocks[0].register_forward_hook(lambda *_: None)
+        nn.utils.parametrizations.weight_norm(pruned.stem)
+        replaced.blocks[0] = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Dropout())
+        for model in (lenet, hooked, pruned, replaced):
+            assert models.folded(model) is model
+
+    def test_an_attack_sees_no_difference(self) -> None:
+        model, y = trained("preact_resnet18_w16"), torch.tensor([1, 2])
+        moved = pgd(model, self.x, y, 8 / 255, 2 / 255, 1, random_start=False)
+        pixels = self.x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(pixels), y), pixels)
+        expected = (self.x + 2 / 255 * gradient.sign()).clamp(0, 1)
+        clear = gradient.abs() > 1e-3 * gradient.abs().max()  # elsewhere rounding may turn the sign
+        assert clear.float().mean() > 0.9
+        torch.testing.assert_close(moved[clear], expected[clear])
 
 
 class TestBuild:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit.models import LeNet5, check_images
+from frlkit.models import LeNet5, check_images, intact
 
 LAYERS = {"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv3": nn.Conv2d, "fc1": nn.Linear, "fc2": nn.Linear}
 
@@ -45,8 +45,7 @@ def serves(model: nn.Module) -> bool:
     """Whether it is a LeNet-5 as its class builds it: no layer replaced, pruned or reparametrised, no hook on any."""
     if type(model) is not LeNet5:
         return False
-    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
-    if any("forward" in vars(part) or any(getattr(part, kind) for kind in hooks) for part in model.modules()):
+    if not intact(model):
         return False
     for name, kind in LAYERS.items():
         layer = getattr(model, name, None)

@@ -76,10 +76,11 @@ def shipped(titles: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def disparity() -> str:
-    summary = tables.summary(tables.tidy(shipped(list(recipes.BASE))))
+    found = shipped(list(recipes.BASE))
+    summary = tables.summary(tables.tidy(found))
     head = ["", *(f"{name}, {part}" for name in ("natural", "8/255", "16/255") for part in ("average", "worst"))]
     cells = [(measure, part) for measure in tables.MEASURES for part in ("average", "worst")]
-    rows = [[f"`{r}`", *(summary.loc[(r, measure), part] for measure, part in cells)] for r in recipes.BASE]
+    rows = [[f"`{r}`", *(summary.loc[(r, measure), part] for measure, part in cells)] for r in found]
     return tables.markdown(head, rows)
 
 
