@@ -1,4 +1,4 @@
-"""Colour networks on this machine: the kit against torchattacks and adv-lib, in turn, in one process; bf16 beside float32.
+"""Colour networks here: the kit against torchattacks and adv-lib, in turn, in one process; bf16 beside float32.
 
     python benchmarks/colour.py --json benchmarks/colour.json                    # or: make bench
     FRLKIT_DATA=... python benchmarks/colour.py --run RUNS/gtsrb/pgd_at/seed0    # what bf16 changes, as well

@@ -53,7 +53,7 @@ def pgd(
     y : (N,), int64 labels; with ``loss="kl"`` only their number counts
     eps, step_size : radius and step in [0, 1], a number or one value per sample, (N,)
     steps : number of steps, 0 or more
-    random_start : True starts uniformly in the ball, a number such as 2 / 3 within that share of the radius, False at x,
+    random_start : True starts uniformly in the ball, a number such as 2/3 within that share of the radius, False at x,
         "gaussian" at x + 0.001 * normal noise (TRADES)
     restarts : tries with fresh starts; each sample keeps the try with the largest margin (``kl``: largest divergence)
     loss : "ce" cross-entropy; "kl" KL(p(x) || p(x')), the TRADES attack; "margin" max of the other logits - logit of y

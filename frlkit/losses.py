@@ -21,7 +21,7 @@ def loss(
     generator: torch.Generator,
     balance: fairness.Setting | None = None,
 ) -> Tensor:
-    """The training loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT, N-FGSM), or with TRADES' KL term.
+    """The loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT, N-FGSM), or with TRADES' KL term.
 
     With a `balance`, the loss of a retraining run: every term is a mean weighted by class, and the attack has each
     class's radius.

@@ -47,7 +47,7 @@ class ConvNet(nn.Module):
     """The plain CNNs of the paper's GTSRB experiments: 3x3 convolutions with ReLU and 2x2 max pooling, then one linear.
 
     The paper gives the number of convolutions, 3 or 4, and no widths; here they double from 32. Images are
-    (N, 3, 32, 32). 113,738 parameters for three convolutions and ten classes, 398,666 for four. ReLU follows the pooling,
+    (N, 3, 32, 32). 113,738 parameters for 3 convolutions and ten classes, 398,666 for four. ReLU follows the pooling,
     a quarter of the work: both are monotone, so values and gradients are those of the other order, bit for bit.
     """
 

@@ -171,7 +171,6 @@ class TestColourNetworks:
         model.train()(x)
         assert not torch.equal(model.stem_bn.running_mean, before["stem_bn.running_mean"])
 
-
     def test_relu_after_pooling_is_relu_before_it(self) -> None:
         """Bit for bit, values and gradients, ties and windows that are negative throughout included."""
         model = models.build("cnn3", seed=0)

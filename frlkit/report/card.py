@@ -194,7 +194,7 @@ def _established(audit: Mapping[str, Any], found: Mapping[str, Any], called: Seq
     listed = ", ".join(few) + (f" and {more} more" if more > 0 else "")
     of = min(audit["labels_per_class"])
     return (
-        f"Which class is hardest under attack is not established: {called[hardest['class']]} has the largest error, but "
+        f"Which class is hardest attacked is not established: {called[hardest['class']]} has the largest error, but "
         f"on so many images ({of} or more a class) it cannot be told from {listed}."
     )
 
@@ -215,7 +215,8 @@ def _taken(found: Mapping[str, Any], called: Sequence[str]) -> str:
         return "The attack fools no image, so no class is taken for another."
     first, sink = found["pairs"][0], int(np.argmax(found["receives"]))
     return (
-        f"Under attack {called[first['source']]} is taken for {called[first['target']]} in {percent(first['share'])} of "
+        f"Under attack {called[first['source']]} is taken for {called[first['target']]} in "
+        f"{percent(first['share'])} of "
         f"its images, more than for any other pair; {called[sink]} receives {percent(found['receives'][sink])} of all "
         "mistakes."
     )
@@ -238,7 +239,7 @@ def _radii(audit: Mapping[str, Any], worst: int, easiest: int, called: Sequence[
 
 def _rungs(ladder: Sequence[Mapping[str, Any]], called: Sequence[str]) -> str:
     means = [float(np.mean(rung["robust"])) for rung in ladder]
-    text = f"Ever stronger attacks on {ladder[-1]['images']} images: the mean error is {percent(means[0])} at the first "
+    text = f"Ever stronger attacks on {ladder[-1]['images']} images: the mean error is {percent(means[0])} at first "
     text += f"rung and {percent(means[-1])} under {ladder[-1]['rung']}."
     if len(ladder) < 3:
         return text
