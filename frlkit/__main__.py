@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from frlkit import PROJECT, KitError, __version__
+from frlkit import PROJECT, KitError, __version__, commands
 from frlkit.options import DATA, DEVICE, RUNS, Choice, Group, names_of
 
 
@@ -22,6 +21,10 @@ def main(quiet: bool) -> None:
     what is missing. Radii and step sizes are in 1/255. For completion in bash:
     eval "$(_FRLKIT_COMPLETE=bash_source frlkit)", and alike for zsh and fish.
     """
+
+
+for command in (commands.audit, commands.evaluate, commands.certify):
+    main.add_command(command)
 
 
 @main.command()
@@ -210,87 +213,6 @@ def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
     click.echo(f"{len(differences)} runs recomputed; largest class-wise difference {max(differences):.2f} points")
     if not max(differences) <= tolerance:
         raise KitError(f"a record differs by {max(differences):.2f} points: more than --tolerance {tolerance:g}")
-
-
-@main.command(short_help="Class-wise errors of any LeNet-5's weights.")
-@click.argument("weights", type=click.Path(path_type=Path))
-@click.option("--model", "model_name", type=Choice(names_of("models", "MODELS")), default="lenet5", show_default=True)
-@DATA
-@click.option("--eps", type=float, default=8, show_default=True, help="Radius of the attack, in 1/255.")
-@click.option("--step-size", type=float, default=2, show_default=True, help="Step of the attack, in 1/255.")
-@click.option("--steps", type=int, default=20, show_default=True)
-@click.option("--restarts", type=int, default=1, show_default=True)
-@click.option("--loss", type=Choice(names_of("attacks", "LOSSES")), default="ce", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON.")
-@DEVICE
-def evaluate(
-    weights: Path, model_name: str, dataset: str, eps: float, step_size: float, steps: int, restarts: int, loss: str,
-    seed: int, out: Path | None, device: str,
-) -> None:  # fmt: skip
-    """Print the class-wise natural, boundary and robust error of WEIGHTS on the whole test set.
-
-    WEIGHTS is any file of plain tensors whose shapes match the model's in order, such as a torch.save of a state_dict
-    or safetensors. The JSON holds natural, robust and boundary as lists of fractions by class.
-    """
-    from frlkit import checkpoint, data, evaluation, models, records
-    from frlkit.audit.doubts import doubts
-    from frlkit.audit.weights import load_weights
-    from frlkit.report import tables
-
-    attack = evaluation.Attack(eps, step_size, steps, restarts, loss, seed)
-    chosen = data.pick_device(device)
-    tensors = data.load(dataset, device=chosen)
-    model = models.build(model_name, len(tensors.class_names))
-    load_weights(model, weights)
-    record = records.evaluate(model.to(chosen), tensors, [attack])
-    entry = record.pop("attacks")[0]
-    click.echo(f"{weights} on {record['images']} test images of {dataset}, errors in % under {attack}")
-    click.echo(tables.error_table(record, entry["robust"]).to_string())
-    suspicious = doubts(model, tensors.test)
-    for sentence in suspicious:
-        click.echo(f"doubtful: {sentence}", err=True)
-    if out is not None:
-        checkpoint.write_json(out, {**record, **entry, "attack": asdict(attack), "doubts": suspicious})
-
-
-@main.command(short_help="Which test images no attack can ever fool, class by class.")
-@click.argument("target", type=click.Path(path_type=Path), metavar="FOLDER_OR_WEIGHTS")
-@click.option("--eps", type=float, default=8, show_default=True, help="Radius, in 1/255.")
-@click.option("--images", type=click.IntRange(1), help="The first so many test images. Default: all.")
-@click.option(
-    "--steps", type=int, default=0, show_default=True, help="Rounds of tightening the bounds of undecided images."
-)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
-@click.option("--model", "model_name", default="lenet5", show_default=True, help="For a file of weights.")
-@click.option("--dataset", help="Default: the run's, or fashion_mnist.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-def certify(
-    target: Path, eps: float, images: int | None, steps: int, out: Path | None, model_name: str, dataset: str | None,
-    device: str,
-) -> None:  # fmt: skip
-    """Print, class by class, how many test images are verified, falsified by an attack, or undecided.
-
-    FOLDER_OR_WEIGHTS is a finished run's folder, such as checkpoints/fashion_mnist/pgd_at/seed0, or any file of plain
-    tensors that fits the model. No attack, known or not, fools the model on a verified image within --eps: the robust
-    error lies between falsified and 100 % less verified. The JSON holds a verdict for each image.
-    """
-    from frlkit import data, models, runs
-    from frlkit.audit import certify as certification
-    from frlkit.audit.weights import load_weights
-
-    own, config = runs.read_weights(target / runs.WEIGHTS) if target.is_dir() else (None, {})
-    tensors = data.load(dataset or config.get("dataset", "fashion_mnist"), device=data.pick_device(device))
-    split = certification.first(tensors.test, images)
-    model = own or models.build(model_name, len(tensors.class_names))
-    if own is None:
-        load_weights(model, target)
-    record = certification.certify(model.to(split.labels.device), split, eps, steps=steps, path=out)
-    click.echo(f"{target}: {len(split)} test images of {tensors.name} at {eps:g}/255, in %")
-    click.echo(certification.summary(record, tensors.class_names).to_string())
-    bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)
-    if bounded:
-        click.echo(f"{record['seconds'] / bounded:.2f} s an image for its bounds")
 
 
 if __name__ == "__main__":

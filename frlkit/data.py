@@ -126,8 +126,9 @@ def load(
     validation : share of each class's training images set aside before any training, at least one (`stratified_split`);
         of GTSRB, share of each class's tracks; a folder's own validation images are used instead
     split_seed : the seed of that draw, independent of any run's seed
-    size, channels, upright : of a folder's images (`images.read`): side in pixels and 1 or 3 channels, as the kit's own
-        colour networks take them unless said otherwise, None for what the files suggest; whether EXIF turns them
+    size : side in pixels, as the kit's own networks take it unless said otherwise; None for what the files suggest
+    channels, upright : of a folder's images (`images.read`): 1 or 3 channels, as the kit's own colour networks take
+        them unless said otherwise, None for what the files suggest; whether EXIF turns them
 
     What was skipped, resized or scaled in a folder is printed to stderr, and kept as `Dataset.notes`.
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from frlkit import KitError, watched
 from frlkit.attacks import LOSSES, evaluating, logits, pgd
 from frlkit.data import Split
+from frlkit.models import SIZE
 from frlkit.values import Count, Pixels, Seed, checked
 
 T = TypeVar("T")
-BATCH = 1000  # images attacked at a time; a sample's random start depends on it
+BATCH = 1000  # images of up to 3x32x32 attacked at a time; a sample's random start depends on it
 
 
 @checked
@@ -106,8 +107,15 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
         return logits(model, images).argmax(1)
 
 
+def batches(split: Split, most: int | None = None) -> list[slice]:
+    """The rows of a split, `most` or `BATCH` at a time; of larger images as many as have no more pixels than those."""
+    most = most or BATCH
+    size = max(1, min(most, most * 3 * SIZE**2 // split.images.shape[1:].numel()))
+    return [slice(start, start + size) for start in range(0, len(split), size)]
+
+
 def _attacked(
-    model: nn.Module, split: Split, attack: Attack, wrong_too: bool = True
+    model: nn.Module, split: Split, attack: Attack, wrong_too: bool = True, most: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Labels, clean predictions and adversarial images of a whole split, batch by batch, with a bar where one watches.
 
@@ -115,9 +123,9 @@ def _attacked(
     """
     radius, step = attack.eps_255 / 255, attack.step_255 / 255
     settings = {"restarts": attack.restarts, "loss": attack.loss}
-    starts = range(0, len(split), BATCH)
-    for number, start in enumerate(tqdm(starts, desc=str(attack), leave=False, delay=2, disable=not watched())):
-        x, y = split.batch(slice(start, start + BATCH))
+    rows = tqdm(batches(split, most), desc=str(attack), leave=False, delay=2, disable=not watched())
+    for number, part in enumerate(rows):
+        x, y = split.batch(part)
         generator = stream(attack.seed, number, device=x.device)
         clean = predict(model, x)
         only = None if wrong_too else clean == y
@@ -128,14 +136,13 @@ def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:
     """Errors are measured in float32, whatever the model was trained with."""
 
     @functools.wraps(measure)
-    def measured(model: nn.Module, split: Split, attack: Attack) -> T:
+    def measured(model: nn.Module, split: Split, attack: Attack, *rest: Any) -> T:
         with number_format("float32", split.labels.device):
-            return measure(model, split, attack)
+            return measure(model, split, attack, *rest)
 
     return measured
 
 
-@_in_float32
 def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     """Evaluate a whole split in batches, clean and under `attack`.
 
@@ -143,26 +150,28 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
 
     Raises `KitError` where a class has no image or the network has too few outputs for the labels.
     """
-    labels, clean, attacked = _predictions(model, split, attack, wrong_too=False)
+    labels, clean, attacked = predictions(model, split, attack)
     return tally(labels, clean, np.where(clean == labels, attacked, clean), split.classes)
 
 
-@_in_float32
 def changed(model: nn.Module, split: Split, attack: Attack) -> np.ndarray:
     """Share of each class whose prediction the attack changes, right or wrong, (C,): the report's boundary error."""
-    labels, clean, attacked = _predictions(model, split, attack, wrong_too=True)
+    labels, clean, attacked = predictions(model, split, attack, True)
     return np.bincount(labels, clean != attacked) / np.bincount(labels)
 
 
-def _predictions(
-    model: nn.Module, split: Split, attack: Attack, wrong_too: bool
+@_in_float32
+def predictions(
+    model: nn.Module, split: Split, attack: Attack, wrong_too: bool = False, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, and predicted classes clean and under attack, (N,) each."""
+    """Labels, and predicted classes clean and under attack, (N,) each, `most` images at a time (`batches`).
+
+    Without `wrong_too`, images that are wrong clean are not attacked.
+    """
     if not len(split):
         raise KitError("the split has no images: its errors are undefined")
-    found = [
-        (y, clean, predict(model, adversarial)) for y, clean, adversarial in _attacked(model, split, attack, wrong_too)
-    ]
+    parts = _attacked(model, split, attack, wrong_too, most)
+    found = [(y, clean, predict(model, adversarial)) for y, clean, adversarial in parts]
     labels, clean, attacked = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
     return labels, clean, attacked
 

@@ -7,8 +7,9 @@ import signal
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor, nn
 
-from frlkit import data
+from frlkit import data, models
 from frlkit.data import Dataset, Split
 
 settings.register_profile("kit", deadline=None, derandomize=True, print_blob=True)
@@ -38,6 +39,28 @@ def tiny_dataset(digits: Dataset, *sizes: int) -> Dataset:
 def tiny(digits: Dataset) -> Dataset:
     """200 training images of the digits, 30 to validate and 50 to test, all ten classes alike."""
     return tiny_dataset(digits, 20, 3, 5)
+
+
+@pytest.fixture(scope="session")
+def sound(tiny: Dataset) -> nn.Module:
+    """A LeNet-5 that has learnt the tiny digits."""
+    return learnt(models.build("lenet5", seed=0), *tiny.train.batch(slice(None)))
+
+
+def learnt(network: nn.Module, x: Tensor, y: Tensor, epochs: int = 60) -> nn.Module:
+    """The network after so many steps on all images at once."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny28() -> Dataset:
+    """The same images at 28x28."""
+    return tiny_dataset(data.load("digits", size=28), 20, 3, 5)
 
 
 @pytest.fixture(scope="session")

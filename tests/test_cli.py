@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 from frlkit import PROJECT, __version__, attacks, checkpoint, data, evaluation, models, recipes, runs, training
 from frlkit.__main__ import main
@@ -21,10 +22,14 @@ from frlkit.evaluation import Attack
 
 
 @pytest.fixture(autouse=True)
-def tiny_digits(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_digits(tiny: Dataset, tiny28: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits are the tiny ones; the fashion images are nowhere."""
     load = data.load
-    monkeypatch.setattr(data, "load", lambda name, **rest: tiny if name == "digits" else load(name, **rest))
+
+    def tiny_load(name: str, **rest: Any) -> Dataset:
+        return load(name, **rest) if name != "digits" else tiny28 if rest.get("size") == 28 else tiny
+
+    monkeypatch.setattr(data, "load", tiny_load)
     monkeypatch.setenv("FRLKIT_DATA", str(tmp_path / "no data"))
 
 
@@ -46,9 +51,9 @@ def sentence(result: Result) -> str:
 
 
 @pytest.fixture
-def weights(tmp_path: Path) -> Path:
+def weights(tmp_path: Path, sound: nn.Module) -> Path:
     """LeNet-5's tensors in order, under names from somewhere else."""
-    tensors = models.build("lenet5", seed=4).state_dict().values()
+    tensors = sound.state_dict().values()
     torch.save({"state_dict": {f"features.{i}": value for i, value in enumerate(tensors)}}, tmp_path / "weights.pt")
     return tmp_path / "weights.pt"
 
@@ -64,14 +69,14 @@ class Malicious:
 
 
 class TestEvaluate:
-    def test_weights_under_other_names(self, weights: Path, tiny: Dataset, tmp_path: Path) -> None:
+    def test_weights_under_other_names(self, weights: Path, sound: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
         out = tmp_path / "new" / "result.json"
         words = ("--dataset", "digits", "--eps", "12.5", "--step-size", "3", "--steps", "4", "--loss", "margin")
         result = call("evaluate", weights, *words, "--json", out)
         assert result.exit_code == 0, result.output
         assert result.stderr == ""
         found = json.loads(out.read_text())
-        errors = evaluation.class_errors(models.build("lenet5", seed=4), tiny.test, Attack(12.5, 3, 4, 1, "margin"))
+        errors = evaluation.class_errors(sound, tiny.test, Attack(12.5, 3, 4, 1, "margin"))
         assert found["natural"] == errors.natural.tolist()
         assert found["robust"] == errors.robust.tolist()
         for natural, boundary, robust in zip(found["natural"], found["boundary"], found["robust"], strict=True):
@@ -81,15 +86,16 @@ class TestEvaluate:
         assert found["class_names"] == list("0123456789")
         assert "attacks" not in found
 
-    def test_the_printed_table(self, weights: Path, tiny: Dataset) -> None:
+    def test_the_printed_table(self, weights: Path, sound: nn.Module, tiny: Dataset) -> None:
         result = call("evaluate", weights, "--dataset", "digits", "--steps", "2")
         assert result.exit_code == 0, result.output
-        lines = result.stdout.splitlines()
+        read, *lines = result.stdout.splitlines()
+        assert read == "read as LeNet-5, tanh, average pooling, 32x32, images in [0, 1]"
         assert "50 test images of digits" in lines[0]
         assert "PGD-2 at 8/255, step 2/255" in lines[0]
         assert lines[1].split() == ["natural", "boundary", "robust"]
         assert [line.split()[0] for line in lines[2:]] == [*"0123456789", "average", "worst"]
-        errors = evaluation.class_errors(models.build("lenet5", seed=4), tiny.test, Attack(steps=2))
+        errors = evaluation.class_errors(sound, tiny.test, Attack(steps=2))
         for line, natural, robust in zip(lines[2:], errors.natural, errors.robust, strict=False):
             numbers = [float(word) for word in line.split()[1:]]
             assert numbers == pytest.approx([100 * natural, 100 * (robust - natural), 100 * robust], abs=0.051)
@@ -100,7 +106,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["--model", "resnet50"], "model = 'resnet50' is unknown"),
+            (["--model", "resnet5"], "model = 'resnet5' is unknown"),
             (["--dataset", "minst"], "dataset = 'minst' is unknown"),
             (["--loss", "dlr"], "loss = 'dlr' is unknown"),
             (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),

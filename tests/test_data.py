@@ -336,7 +336,13 @@ class TestNames:
         with pytest.raises(KitError, match="FRLKIT_DATA = '~no such user/x' cannot be looked for"):
             data.load("fashion_mnist")
 
-    @pytest.mark.parametrize("options", [{"size": 64}, {"channels": 1}, {"upright": True}])
+    def test_another_size(self) -> None:
+        """28x28 scans become 28x28, not 32x32 and back; labels and splits are the same."""
+        found, usual = data.load("digits", size=28), data.load("digits")
+        assert found.train.images.shape[1:] == (1, 28, 28)
+        assert torch.equal(found.train.labels, usual.train.labels)
+
+    @pytest.mark.parametrize("options", [{"channels": 1}, {"upright": True}])
     def test_options_of_a_folder_are_not_for_others(self, options: dict[str, Any]) -> None:
         with pytest.raises(KitError, match="are for folder:PATH: the images of digits are as they are"):
             data.load("digits", **options)

@@ -8,21 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frlkit import models
 from frlkit.audit.doubts import doubts
 from frlkit.data import Dataset
-
-
-@pytest.fixture(scope="module")
-def sound(tiny: Dataset) -> nn.Module:
-    network = models.build("lenet5", seed=0)
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    x, y = tiny.train.batch(slice(None))
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(network(x), y).backward()
-        optimizer.step()
-    return network
 
 
 class Wrapped(nn.Module):

@@ -22,7 +22,7 @@ FLOORS = [
     {"training", "records"},
     {"runs", "notebook"},
     {"audit", "report", "scale"},
-    {"reproduce"},
+    {"commands", "reproduce"},
     {"__main__"},
 ]
 WINGS = ("audit", "kernels", "report", "scale", "sources")

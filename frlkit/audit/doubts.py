@@ -1,7 +1,8 @@
-"""Reasons to doubt a robust error, looked for on a few hundred images: what AutoAttack's authors advise to check.
+"""Reasons to doubt a robust error, looked for on a few images: what AutoAttack's authors advise to check.
 
 A number can be too good because gradients vanish, because the network returns probabilities, or because the evaluation
-itself is wrong. None of these raises an error by itself, so each is tried here.
+itself is wrong; and it means nothing where the network was not read rightly. None of these raises an error by itself,
+so each is tried here, in seconds: the larger the network, the fewer the images.
 """
 
 from __future__ import annotations
@@ -10,24 +11,61 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
+from frlkit import watched
 from frlkit.attacks import evaluating, logits, objective, pgd
 from frlkit.data import Split
-from frlkit.evaluation import predict, stream
+from frlkit.evaluation import batches, predict, stream
 
-IMAGES = 500
-RADII_255 = (0, 4, 8, 16, 32, 64, 128)  # at the last, no image keeps what it shows
-
-
-def doubts(model: nn.Module, split: Split) -> list[str]:
-    """Sentences that say what is suspicious about this network on these images; empty where nothing is."""
-    index = torch.randperm(len(split), generator=stream(0))[:IMAGES].to(split.labels.device)
-    x, y = split.batch(index)
-    found = [_probabilities(model, x), _vanishing_gradients(model, x, y), _labels_matter(model, x, y)]
-    return [sentence for sentence in (*found, *_growing_radii(model, x, y)) if sentence]
+IMAGES, LEAST = 500, 16  # at most, and at least
+WORK = 5e11  # floating-point operations for all attacks together: some 20 seconds on one core
+RADII_255 = (4, 16, 128)  # at the last, no image keeps what it shows
+STEPS = 8
 
 
-def _probabilities(model: nn.Module, x: Tensor) -> str:
+def doubts(model: nn.Module, split: Split, said_error: float | None = None) -> list[str]:
+    """Sentences that say what is suspicious about this network on these images; empty where nothing is.
+
+    `said_error` is the natural error, a fraction, that the file of weights says it has.
+    """
+    order = torch.randperm(len(split), generator=stream(0)).to(split.labels.device)
+    clean = order[: affordable(model, split, WORK, 1, LEAST, IMAGES)]
+    passes = 2 * (STEPS * len(RADII_255) + 1) + 5  # a step costs two
+    x, y = split.batch(order[: affordable(model, split, WORK, passes, LEAST, IMAGES)])
+    with tqdm(total=4 + len(RADII_255), desc="doubts", leave=False, delay=2, disable=not watched()) as bar:
+        found = [_natural_error(model, split.take(clean), said_error)]
+        for check in (_probabilities, _vanishing_gradients, _labels_matter):
+            bar.update()
+            found.append(check(model, x, y))
+        found += _growing_radii(model, x, y, bar)
+    return [sentence for sentence in found if sentence]
+
+
+def affordable(model: nn.Module, split: Split, work: float, passes: int, least: int, most: int) -> int:
+    """How many images of a split so many passes may see for so much work, in floating-point operations."""
+    x, _ = split.batch(slice(0, 1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(model):
+        model(x)
+    return max(least, min(most, int(work / (passes * max(1, counter.get_total_flops())))))
+
+
+def _natural_error(model: nn.Module, split: Split, said: float | None) -> str:
+    wrong = torch.cat([predict(model, split.batch(part)[0]) != split.labels[part] for part in batches(split, 50)])
+    error, images = wrong.double().mean().item(), len(split)
+    guess = 1 - split.labels.bincount().max().item() / images
+    if error > guess - 2 * math.sqrt(guess * (1 - guess) / images):
+        return (
+            f"the natural error on {images} images, {error:.0%}, is no better than guessing ({guess:.0%}): the "
+            "network, its preprocessing or its order of classes is another"
+        )
+    if said is not None and error > said + max(0.05, 3 * math.sqrt(said * (1 - said) / images)):
+        return f"the natural error on {images} images is {error:.0%}, and the file itself says {said:.0%}"
+    return ""
+
+
+def _probabilities(model: nn.Module, x: Tensor, y: Tensor) -> str:
     with torch.no_grad(), evaluating(model):
         outputs = logits(model, x)
     if bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones(len(x), device=x.device), atol=1e-4):
@@ -55,19 +93,22 @@ def _labels_matter(model: nn.Module, x: Tensor, y: Tensor) -> str:
     return ""
 
 
-def _growing_radii(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    """Radius 0 changes nothing, attacks stay in their ball, errors grow with the radius, and no image survives all."""
+def _growing_radii(model: nn.Module, x: Tensor, y: Tensor, bar: tqdm) -> list[str]:
+    """Predictions repeat, attacks stay in their ball, errors grow with the radius, and no image survives all."""
     sentences, wrong = [], predict(model, x) != y
     errors = [wrong.double().mean().item()]
+    with torch.no_grad(), evaluating(model):
+        first, second = logits(model, x), logits(model, x)
+    if not torch.allclose(first, second, rtol=0.01, atol=1e-3 * first.abs().max().item()):
+        sentences.append("the same images give other logits when asked again: not deterministic in eval mode")
     for eps_255 in RADII_255:
+        bar.update()
         eps = eps_255 / 255
-        attacked = pgd(model, x, y, eps, eps / 4, 20, generator=stream(2, device=x.device))
+        attacked = pgd(model, x, y, eps, eps / 4, STEPS, generator=stream(2, device=x.device))
         if (attacked - x).abs().max() > eps + 1e-6 or attacked.min() < 0 or attacked.max() > 1:
             sentences.append(f"the attack at {eps_255}/255 leaves its ball or [0, 1]")
         errors.append((wrong | (predict(model, attacked) != y)).double().mean().item())
-        if eps_255 == 0 and errors[1] != errors[0]:
-            sentences.append("an attack of radius 0 changes predictions: the network is not deterministic in eval mode")
-        if errors[-1] < errors[-2] - 0.02:
+        if errors[-1] < errors[-2] - 0.02 - 1 / len(y):
             sentences.append(
                 f"the error falls from {errors[-2]:.1%} to {errors[-1]:.1%} as the radius grows to {eps_255}/255"
             )

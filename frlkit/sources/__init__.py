@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from frlkit import KitError
-from frlkit.models import SIZE
 from frlkit.sources import folders, images
 from frlkit.sources.datasets import READERS, digits_split
 from frlkit.sources.folders import DataUnavailableError, Part, root
@@ -29,10 +28,10 @@ def read(
     if not (size is None or (type(size) is int and 8 <= size <= 1024)) or channels not in (None, 1, 3):
         raise KitError(f"size = {size!r}, channels = {channels!r}: use 8 to 1024 pixels and 1 or 3 channels, or None")
     source = folders.find(_place(name)) if name.startswith(FOLDER) else READERS[name]()
-    if source.form and (size not in (SIZE, None) or channels not in (3, None) or upright):
-        raise KitError(f"size, channels and upright are for {FOLDER}PATH: the images of {name} are as they are")
+    if source.form and (channels not in (3, None) or upright):
+        raise KitError(f"channels and upright are for {FOLDER}PATH: the images of {name} are as they are")
     parts = three(source, share, seed, digits_split if name == "digits" else stratified_split)
-    size, channels = source.form or (size, channels)
+    size, channels = (size or source.form[0], source.form[1]) if source.form else (size, channels)
     items = [item for part in parts for item in part.items]
     pixels, notes = images.read(items, size=size, channels=channels, upright=upright, keep=source.keep)
     return source.class_names, parts, pixels, [] if source.form else source.notes + notes

@@ -1,0 +1,188 @@
+"""The commands for anyone's network: `audit`, its short form `evaluate`, and `certify`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from frlkit.options import DATA, DEVICE, Choice, names_of
+
+
+class Numbers(click.ParamType):
+    """One number, or one a channel: "0.5" or "0.4914,0.4822,0.4465"."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return value if isinstance(value, tuple) else tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: use numbers, such as 0.5 or 0.4914,0.4822,0.4465", param, ctx)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+READING = _options(
+    DATA,
+    click.option("--mean", type=Numbers(), help="That images are normalised with. Default: found out."),
+    click.option("--std", type=Numbers(), help="Likewise."),
+    click.option("--size", type=int, help="Side of a folder's images. Default: the network's, or the smallest side."),
+    click.option("--channels", type=int, help="1 or 3, of a folder's images. Default: the network's, or the files'."),
+    click.option("--upright", is_flag=True, help="Turn photos as their EXIF data say; torchvision does not."),
+    click.option("--key", default="", help="Where in the file the weights are, if in several places, such as ema."),
+)
+ATTACK = _options(
+    click.option("--eps", type=float, default=8, show_default=True, help="Radius of the attack, in 1/255."),
+    click.option("--step-size", type=float, default=2, show_default=True, help="Step of the attack, in 1/255."),
+    click.option("--steps", type=int, default=20, show_default=True),
+    click.option("--restarts", type=int, default=1, show_default=True),
+    click.option("--loss", type=Choice(names_of("attacks", "LOSSES")), default="ce", show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts."),
+    click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON."),
+    DEVICE,
+)
+
+
+@click.command(short_help="Any network, any images: errors of each class, and whether to trust them.")
+@click.argument("weights", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    default="",
+    metavar="NAME|FILE.py:FACTORY",
+    help="One of the kit's, of torchvision's, or module:factory. Default: what the file's tensors fit.",
+)
+@READING
+@ATTACK
+@click.option("--output", type=click.Path(path_type=Path), help="A folder for the report card and its audit.json.")
+@click.option("--images", type=click.IntRange(1), help="Test images at most. Default: all.")
+@click.option("--ladder", type=click.IntRange(0), default=0, help="Images that AutoAttack attacks too; needs --output.")
+@click.option("--certify", type=click.IntRange(0), default=0, help="Images to certify; needs --output.")
+def audit(output: Path | None, images: int | None, ladder: int, certify: int, out: Path | None, **asked: Any) -> None:
+    """Print the natural, boundary and robust error of each class that WEIGHTS makes, and every reason to doubt them.
+
+    WEIGHTS is a file of torch.save or safetensors with a state_dict in it, under any key; "-" where the factory of
+    --model loads its own. A file's code is never run; that of your own --model file is. How the images are to be
+    normalised, and which activation and pooling a LeNet-5 has, is found out on a few clean images.
+    """
+    kept = output / "audit.json" if output else out
+    found = _audited(asked, most=images, ladder=ladder, certify=certify, path=kept)
+    if output and out:
+        _write(out, found)
+    if output:
+        click.echo(f"written: {_card(found, output)}")
+
+
+def _card(found: dict[str, Any], output: Path) -> Path:
+    """The report card, where this kit has one, else the JSON."""
+    try:
+        from frlkit.report import card
+    except ImportError:
+        return output / "audit.json"
+    card.write([found], output)
+    return output
+
+
+@click.command(short_help="Class-wise errors of any weights: the short form of audit.")
+@click.argument("weights", type=click.Path(path_type=Path))
+@click.option("--model", type=Choice(names_of("models", "MODELS")), default="lenet5", show_default=True)
+@READING
+@ATTACK
+def evaluate(out: Path | None, **asked: Any) -> None:
+    """Print the class-wise natural, boundary and robust error of WEIGHTS on the whole test set.
+
+    WEIGHTS is any file of plain tensors that fits the model, such as a torch.save of a state_dict or safetensors. The
+    JSON holds natural, robust and boundary as lists of fractions by class. More: frlkit audit.
+    """
+    found = _audited(asked, curve=False)
+    if out is not None:
+        renamed = {
+            "split": "test",
+            "class_counts": found.pop("labels_per_class"),
+            "weights_sha256": found["fingerprints"]["weights"],
+            "data_sha256": found.pop("fingerprints")["data"],
+            "confusion": found["confusion"]["robust"],
+        }
+        del found["curve"]
+        _write(out, found | renamed)
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    from frlkit import checkpoint
+
+    checkpoint.write_json(out, found)
+
+
+def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """The audit that these options ask for, its table printed."""
+    from frlkit import data
+    from frlkit.audit import audit as measure
+    from frlkit.audit import readings
+    from frlkit.evaluation import Attack
+    from frlkit.report import tables
+
+    attack = Attack(*(asked.pop(name) for name in ("eps", "step_size", "steps", "restarts", "loss", "seed")))
+    file = asked.pop("weights")
+    device = data.pick_device(asked.pop("device"))
+    read = readings.read(None if str(file) == "-" else file, device=device, **asked)
+    if read.reading["tried"][1:]:
+        click.echo(f"read as {read.title}")
+    about = {"reading": read.reading, "known": read.doubts, "said_error": read.said_error}
+    words = shlex.join(["frlkit", *sys.argv[1:]])
+    found = measure(read.model, read.data, attack, command=words, **about, **parts)
+    click.echo(f"{file} on {found['images']} test images of {found['dataset']}, errors in % under {attack}")
+    table = {**found, "class_counts": found["labels_per_class"]}
+    click.echo(tables.error_table(table, found["robust"]).to_string())
+    return found
+
+
+@click.command(short_help="Which test images no attack can ever fool, class by class.")
+@click.argument("target", type=click.Path(path_type=Path), metavar="FOLDER_OR_WEIGHTS")
+@click.option("--eps", type=float, default=8, show_default=True, help="Radius, in 1/255.")
+@click.option("--images", type=click.IntRange(1), help="The first so many test images. Default: all.")
+@click.option(
+    "--steps", type=int, default=0, show_default=True, help="Rounds of tightening the bounds of undecided images."
+)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
+@click.option("--model", "model_name", default="lenet5", show_default=True, help="For a file of weights.")
+@click.option("--dataset", help="Default: the run's, or fashion_mnist.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def certify(
+    target: Path, eps: float, images: int | None, steps: int, out: Path | None, model_name: str, dataset: str | None,
+    device: str,
+) -> None:  # fmt: skip
+    """Print, class by class, how many test images are verified, falsified by an attack, or undecided.
+
+    FOLDER_OR_WEIGHTS is a finished run's folder, such as checkpoints/fashion_mnist/pgd_at/seed0, or any file of plain
+    tensors that fits the model. No attack, known or not, fools the model on a verified image within --eps: the robust
+    error lies between falsified and 100 % less verified. The JSON holds a verdict for each image.
+    """
+    from frlkit import data, runs
+    from frlkit.audit import certify as certification
+    from frlkit.audit import readings
+
+    place = data.pick_device(device)
+    if target.is_dir():
+        model, config = runs.read_weights(target / runs.WEIGHTS)
+        tensors = data.load(dataset or config["dataset"], device=place)
+    else:
+        read = readings.read(target, dataset or "fashion_mnist", model_name, device=place)
+        model, tensors = read.model, read.data
+    split = certification.first(tensors.test, images)
+    record = certification.certify(model.to(split.labels.device), split, eps, steps=steps, path=out)
+    click.echo(f"{target}: {len(split)} test images of {tensors.name} at {eps:g}/255, in %")
+    click.echo(certification.summary(record, tensors.class_names).to_string())
+    bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)
+    if bounded:
+        click.echo(f"{record['seconds'] / bounded:.2f} s an image for its bounds")
