@@ -175,13 +175,30 @@ TITLES = {
 }
 
 
+_lent: dict[str, nn.Module] = {}
+
+
+def lend(name: str, model: nn.Module) -> str:
+    """Let runs train copies of anyone's network, its weights included; returns the name that `build` has for them."""
+    _lent[f"own:{name}"] = model
+    return f"own:{name}"
+
+
+def check_name(name: str) -> None:
+    """Refuse a network that is neither in `MODELS` nor lent."""
+    if name not in MODELS and name not in _lent:
+        lent = " (one's own has to be lent anew in every process)" if name.startswith("own:") else ""
+        raise KitError(f"model = {name!r} is unknown: use one of {', '.join(MODELS)}{lent}")
+
+
 def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Module:
     """Build a network by name, with its weights drawn from `seed` alone (the global random state is left as it was).
 
     Raises `KitError` for an unknown name or class count.
     """
-    if name not in MODELS:
-        raise KitError(f"model = {name!r} is unknown: use one of {', '.join(MODELS)}")
+    check_name(name)
+    if name in _lent:
+        return copy.deepcopy(_lent[name])
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise KitError(f"num_classes = {num_classes!r}: a network needs a whole number of classes, 2 or more")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

@@ -10,14 +10,18 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
-from frlkit import KitError, fairness
+from frlkit import KitError, fairness, models
 from frlkit.data import check_name
-from frlkit.models import MODELS
 from frlkit.values import Count, Pixels, Positive, Seed, Share, Size, checked, fields_of, from_text, to_text
 
 
 def _named_data_set(name: str) -> str:
     check_name(name)
+    return name
+
+
+def _named_model(name: str) -> str:
+    models.check_name(name)
     return name
 
 
@@ -27,7 +31,7 @@ class Config:
 
     method: Literal["natural", "pgd_at", "trades", "n_fgsm"]  # n_fgsm: its one step is as long as the radius
     dataset: Annotated[str, AfterValidator(_named_data_set)] = "fashion_mnist"
-    model: Literal[tuple(MODELS)] = "lenet5"  # type: ignore[valid-type]
+    model: Annotated[str, AfterValidator(_named_model)] = "lenet5"
     seed: Seed = 0
     epochs: Annotated[int, Field(ge=1, le=10**5)] = 15
     batch_size: Count = 100
@@ -55,8 +59,12 @@ class FairConfig(fairness.Rule, Config):
     """A retraining run (FRL): goes on from the finished run of `start` with the same seed, data set and batch size."""
 
     method: Literal["frl", "pgd_at", "report_reweight", "report_remargin", "intercept"]
-    start: Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "random"] = "pgd_at"  # whose weights ...
-    start_epochs: Annotated[int, Field(ge=1, le=10**5)] = 15  # ... after so many epochs; random: from nothing
+    start: (
+        Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "random"]
+        | Annotated[str, Field(pattern=r"^weights-[0-9a-f]{16}$")]
+    ) = "pgd_at"  # whose weights ...
+    start_epochs: Annotated[int, Field(ge=1, le=10**5)] = 15  # ... after so many epochs; random: from nothing;
+    # weights-DIGEST: from those of a network that was lent (`models.lend`), told by the head of their digest
     updates: Annotated[int, Field(ge=1, le=10**5)] = 1  # of the multipliers in each epoch, evenly spaced
     inner_epochs: Annotated[int, Field(ge=1, le=10**5)] = 1  # only every so many epochs (BEST of Algorithm 1)
     measure_255: Pixels = 8.0  # radius at which the errors behind an update are measured (PGD-20, step 2/255)
@@ -232,6 +240,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "folder": ({"model": "cnn3"}, {"model": "cnn3"}),
 }
 
+OWN = "weights-"  # how the start of a network that was lent begins
+
 #: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
 LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary")
 
@@ -285,8 +295,8 @@ def described(config: Config) -> dict[str, Any]:
 
 
 def start_of(config: Config) -> Config | None:
-    """The configuration of the run that a retraining run starts from; None where it starts from random weights."""
-    if not isinstance(config, FairConfig) or config.start == "random":
+    """The configuration of the run that a retraining run starts from; None where its network starts as it is built."""
+    if not isinstance(config, FairConfig) or config.start == "random" or config.start.startswith(OWN):
         return None
     shared = {"epochs": config.start_epochs, "batch_size": config.batch_size, "model": config.model}
     return configure(config.start, config.dataset, config.seed, **shared)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training, watched
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
-from frlkit.recipes import Config, FairConfig, configure, described, spelled, start_of
+from frlkit.recipes import OWN, Config, FairConfig, configure, described, spelled, start_of
 
 WEIGHTS = "weights.safetensors"
 FILES = (WEIGHTS, "history.json", records.OUTCOMES, "record.json")  # the record makes a run finished: it comes last
@@ -54,6 +54,11 @@ def _orders(place: Path, _changed: int) -> dict[frozenset[str], str]:
 def files(place: Path) -> dict[str, bytes]:
     """A finished run's files by name; outcomes where it has them."""
     return {name: (place / name).read_bytes() for name in FILES if name != records.OUTCOMES or (place / name).exists()}
+
+
+def own_start(model: nn.Module) -> str:
+    """The `start` of a run that goes on from a network as it stands: the head of its weights' digest."""
+    return OWN + checkpoint.digest(dict(model.state_dict()))[:16]
 
 
 def start_folder(config: Config, place: Path) -> Path:
@@ -137,9 +142,16 @@ def _note_machine(made_by: list[dict[str, Any]], model: nn.Module, place: Path) 
 
 
 def _starting_model(config: Config, data: Dataset, place: Path) -> nn.Module:
-    """A network drawn from the seed, or for a retraining run the finished run it starts from, trained if missing."""
+    """A network drawn from the seed, or what a retraining run starts from: a finished run, trained if missing, or the
+    network that was lent. Raises `KitError` where that one's weights are others than the configuration says.
+    """
     start = start_of(config)
-    return training.fresh_model(config, data) if start is None else run(start, data, start_folder(config, place))
+    if start is not None:
+        return run(start, data, start_folder(config, place))
+    model, wanted = training.fresh_model(config, data), getattr(config, "start", "")
+    if wanted.startswith(OWN) and wanted != own_start(model):
+        raise KitError(f"{place} starts from {wanted} and the weights of {config.model} are {own_start(model)}: bring those")
+    return model
 
 
 def _follow(batches: training.Batches, data: Dataset, config: Config, epoch: int, place: Path) -> float:

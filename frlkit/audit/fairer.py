@@ -1,0 +1,99 @@
+"""Fair Robust Learning from anyone's own network: what it was, the control, the method, and the cheap remedy.
+
+Runs are the core's, resumable like any other; that they start from these weights stands in their configuration and in
+their folder's name, so another file of weights is another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frlkit import models, runs
+from frlkit.data import Dataset
+from frlkit.recipes import configure
+
+BEFORE, CONTROL, INTERCEPT = "before", "control (equal weights)", "output biases moved"
+
+
+class Shifted(nn.Module):
+    """A network and a bias (C,) behind it, its last parameter: what the intercept control moves. 0 changes nothing."""
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.bias = nn.Parameter(torch.zeros(classes, device=next(network.parameters()).device))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images) + self.bias
+
+
+def retrain(
+    recipe: str, model: nn.Module, name: str, tensors: Dataset, place: Path, seed: int = 0, **values: Any
+) -> nn.Module:
+    """The model after a retraining recipe that goes on from a network as it stands; a finished run is reloaded.
+
+    Parameters
+    ----------
+    recipe : of `recipes.FAIR`, fields may be varied: "algorithm1_both,optimizer=sgd,lr=0.01"
+    model, name : from images in [0, 1] to logits, and what the run's configuration calls it, such as ``net.py:net``
+    tensors : its data set, of the network's own size
+    place : folder of all runs; this one's is PLACE/DATASET/RECIPE,start=weights-DIGEST/seedN
+    values : further fields of the configuration
+
+    Raises `KitError` for a recipe that starts from nothing, and what `runs.run` raises.
+    """
+    recipe = f"{recipe},start={runs.own_start(model)}"
+    config = configure(recipe, tensors.name, seed, model=models.lend(name, model), **values)
+    return runs.run(config, tensors, runs.folder(place, recipe, config))
+
+
+def versions(
+    model: nn.Module,
+    name: str,
+    tensors: Dataset,
+    place: Path,
+    recipe: str = "algorithm1_both",
+    title: str = "Reweight + Remargin",
+    seed: int = 0,
+    **values: Any,
+) -> Iterator[tuple[str, nn.Module]]:
+    """The network before; retrained with equal weights; by `recipe`, called `title`; with its output biases moved.
+
+    The last takes no training: it is what the cheap remedy gives. `values` are those of `retrain`, for both retrainings.
+    """
+    yield BEFORE, model
+    yield CONTROL, retrain("uniform", model, name, tensors, place, seed, **values)
+    yield title, retrain(recipe, model, name, tensors, place, seed, **values)
+    movable = model if _ends_in_biases(model, tensors) else Shifted(model, len(tensors.class_names))
+    yield INTERCEPT, retrain("intercept", movable, name, tensors, place, seed)
+
+
+def compare(
+    model: nn.Module, name: str, tensors: Dataset, place: Path, measure: Callable[[nn.Module], dict[str, Any]], **asked: Any
+) -> list[dict[str, Any]]:
+    """An audit (`measure`) of each of `versions`, for `frlkit.report.card.write`; `asked` are those of `versions`."""
+    return [{"title": title, **measure(found)} for title, found in versions(model, name, tensors, place, **asked)]
+
+
+@torch.no_grad()
+def _ends_in_biases(model: nn.Module, tensors: Dataset) -> bool:
+    """Whether the network's last parameter is added to its logits, and nothing else."""
+    bias, classes = list(model.parameters())[-1], len(tensors.class_names)
+    if bias.shape != (classes,):
+        return False
+    x, _ = tensors.validation.batch(slice(0, 2))
+    kept, training = bias.clone(), model.training
+    model.eval()
+    try:
+        before = model(x)
+        moved = torch.arange(classes).to(bias)
+        bias += moved
+        return bool(torch.allclose(model(x) - before, moved.expand_as(before), atol=1e-3))
+    finally:
+        bias.copy_(kept)
+        model.train(training)

@@ -1,0 +1,133 @@
+"""Retraining from anyone's own network: it starts there and nowhere else, goes on after a stop, whatever the network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_dataset
+from torch import Tensor, nn
+
+from frlkit import KitError, checkpoint, models, recipes, runs, training
+from frlkit.audit import fairer
+from frlkit.data import Dataset, Split
+
+
+class Net(nn.Module):
+    """Of anyone's: batch normalisation, images of 16 x 16, the output layer registered first or without a bias."""
+
+    def __init__(self, seed: int = 0, bias: bool = True, first: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
+        head = nn.Linear(4 * 7 * 7, 10, bias=bias)
+        self.head, self.body = (head, nn.Sequential(*layers)) if first else (None, nn.Sequential(*layers, head))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[1:] == (1, 16, 16)
+        return self.body(images) if self.head is None else self.head(self.body(images))
+
+
+@pytest.fixture(scope="module")
+def small(digits: Dataset) -> Dataset:
+    """The digits at 16 x 16: 40 images to train, 20 to validate, 20 to test."""
+    tensors = tiny_dataset(digits, 4, 2, 2)
+    splits = [Split(part.images[:, :, ::2, ::2].contiguous(), part.labels) for part in tensors.splits.values()]
+    return Dataset("digits", tensors.class_names, *splits)
+
+
+LOOP = "uniform,steps=1,beta=0,ema=0"
+
+
+def test_the_start_is_the_networks_own_weights(small: Dataset, tmp_path: Path) -> None:
+    """At a rate of nearly nothing the weights stay; the network that was given is left alone."""
+    model = Net()
+    before = checkpoint.digest(dict(model.state_dict()))
+    after = fairer.retrain(f"{LOOP},lr=1e-9", model, "net.py:net", small, tmp_path, epochs=1, batch_size=20)
+    assert checkpoint.digest(dict(model.state_dict())) == before
+    for ours, theirs in zip(after.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+    (place,) = runs.finished(tmp_path)
+    assert place.parent.name.endswith(f"start=weights-{before[:16]}")
+    history = json.loads((place / "history.json").read_text(encoding="utf-8"))
+    assert history["start"]["sha256"] == before
+    assert history["config"]["model"] == "own:net.py:net"
+
+
+def test_other_weights_are_another_run_and_a_stopped_run_goes_on(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"epochs": 2, "batch_size": 20}
+    straight = fairer.retrain(LOOP, Net(), "net", small, tmp_path / "straight", **asked)
+    epochs = training.epochs
+
+    def stopped(*given: object) -> object:
+        yield next(epochs(*given))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "epochs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fairer.retrain(LOOP, Net(), "net", small, tmp_path, **asked)
+    monkeypatch.setattr(training, "epochs", epochs)
+    fairer.retrain(LOOP, Net(1), "net", small, tmp_path, **asked)
+    assert len(runs.finished(tmp_path / "digits")) == 1  # another's
+    resumed = fairer.retrain(LOOP, Net(), "net", small, tmp_path, **asked)
+    digests = {checkpoint.digest(dict(model.state_dict())) for model in (straight, resumed)}
+    assert len(digests) == 1
+
+
+def test_weights_that_are_not_those_of_the_name_are_refused(small: Dataset, tmp_path: Path) -> None:
+    recipe = f"{LOOP},start={runs.own_start(Net())}"
+    config = recipes.configure(recipe, "digits", 0, model=models.lend("net", Net(1)), epochs=1)
+    with pytest.raises(KitError, match=r"starts from weights-\w{16} and the weights of own:net are weights-\w{16}"):
+        runs.run(config, small, tmp_path / "seed0")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("pgd_at", "'start' is no field of a run of pgd_at"),
+        ("uniform,model=lenet6", "model = 'lenet6' is unknown: use one of lenet5"),
+        ("uniform,model=own:absent", "one's own has to be lent anew in every process"),
+    ],
+)
+def test_refused(recipe: str, words: str, small: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(KitError, match=words):
+        fairer.retrain(recipe, Net(), "net", small, tmp_path)
+
+
+@pytest.mark.parametrize("value", ["weights-", "weights-xyz", "weights-" + "0" * 64, "somewhere"])
+def test_a_start_that_names_none_is_refused(value: str) -> None:
+    with pytest.raises(KitError, match="start = .* is unknown: use one of natural"):
+        recipes.configure(f"uniform,start={value}", "digits", 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "movable"),
+    [(Net(), True), (Net(bias=False), False), (Net(first=True), False), (models.build("lenet5", seed=0), True)],
+    ids=["last", "no bias", "registered first", "LeNet-5"],
+)
+def test_whose_output_biases_can_be_moved(model: nn.Module, movable: bool, small: Dataset, digits: Dataset) -> None:
+    before = checkpoint.digest(dict(model.state_dict()))
+    assert fairer._ends_in_biases(model, small if isinstance(model, Net) else digits) is movable
+    assert checkpoint.digest(dict(model.state_dict())) == before
+    assert model.training
+
+
+def test_four_versions(small: Dataset, tmp_path: Path) -> None:
+    """Moved biases are the network before plus a constant, without any training; the other two differ."""
+    model = Net(bias=False).eval()
+    asked = {"recipe": "algorithm1_both,steps=1", "epochs": 1, "batch_size": 20}
+    found = dict(fairer.versions(model, "net", small, tmp_path, **asked))
+    assert list(found) == ["before", "control (equal weights)", "Reweight + Remargin", "output biases moved"]
+    x, _ = small.test.batch(slice(None))
+    with torch.no_grad():
+        shift = found["output biases moved"].eval()(x) - model(x)
+        torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-5)
+        assert shift.abs().max() > 0
+    measured = fairer.compare(model, "net", small, tmp_path, lambda model: {"kind": type(model).__name__}, **asked)
+    assert measured[0] == {"title": "before", "kind": "Net"}
+    assert measured[3]["kind"] == "Shifted"
