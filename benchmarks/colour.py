@@ -132,11 +132,13 @@ def evaluation_ways(name: str, batch: int, device: torch.device) -> dict[str, Ca
 
 
 def seconds(step: Callable[[], Any], device: torch.device) -> float:
-    began = time.perf_counter()
+    """Seconds of the processor on a CPU, where one thread runs and others may be busy, else of the clock."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def compare(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
@@ -209,15 +211,14 @@ def _stands(model: nn.Module, test: Split, attack: Attack, start: int) -> Tensor
 @click.command()
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True, help="Of torch on a CPU; runs have one each.")
 @click.option("--run", "place", type=click.Path(path_type=Path), help="A trained run, to compare number formats on.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there.")
-def main(rounds: int, device: str, threads: int, place: Path | None, out: Path | None) -> None:
+def main(rounds: int, device: str, place: Path | None, out: Path | None) -> None:
     """Time the colour networks with both libraries and with the kit on this machine."""
     where = data.pick_device(device)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # as runs have
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"{processor()}, {threads} thread(s)",
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"{processor()}, one thread",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": torch.cpu._is_avx512_bf16_supported() if where.type == "cpu" else True,
         "rounds": rounds,

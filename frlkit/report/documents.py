@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frlkit import PROJECT, KitError, checkpoint, models, recipes, records
-from frlkit.report import cards, claims, coverage, front, names, published, tables
+from frlkit.report import cards, claims, coverage, front, matrix, names, published, tables
 
 DOCUMENTS = ("README.md", "REPORT.md", "docs/results.md", "docs/speed.md")
 CARD = "checkpoints/README.md"
@@ -168,6 +168,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper_scale,
     "cost": cost,
     "coverage": coverage.table,
+    "matrix": matrix.table,
+    "carried": matrix.carried,
     "notebooks": front.notebooks,
     **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
 }
