@@ -34,6 +34,7 @@ retrain: .venv/ready
 
 bench: .venv/ready-test
 	$(RUN) benchmarks/epoch.py
+	$(RUN) benchmarks/colour.py
 
 faults: .venv/ready-test
 	$(RUN) tests/faults/campaign.py
@@ -58,8 +59,9 @@ test: .venv/ready-test
 	@$(PIP) --no-deps --editable .
 	@touch $@
 
-# torchattacks (the attacks' oracle) pins an old requests that JupyterLab cannot use, hence --no-deps.
+# torchattacks (the attacks' oracle) pins an old requests that JupyterLab cannot use, adv-lib (a baseline of the benchmark)
+# wants a plotting server, hence --no-deps.
 .venv/ready-test: .venv/ready
 	@$(PIP) --editable ".[test]"
-	@$(PIP) --no-deps torchattacks
+	@$(PIP) --no-deps torchattacks adv-lib
 	@touch $@

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from frlkit import PROJECT, KitError, __version__, data, values
 from frlkit.drive import mirror, mounted
+from frlkit.models import MODELS
 from frlkit.recipes import BASE
 
 
@@ -64,6 +65,7 @@ PARAMETERS: dict[str, Any] = {
     "SEEDS": Seeds,
     "EPOCHS": Epochs,
     "BATCH_SIZE": Annotated[int, Field(ge=1, le=10**5)],
+    "MODEL": Literal[("", *MODELS)],  # type: ignore[valid-type]
     "FRL_SEEDS": Seeds,
     "FRL_EPOCHS": Annotated[int, Field(ge=0, le=1000)],  # 0: each recipe's own
     "REPORT_SEEDS": Seeds,

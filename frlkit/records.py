@@ -55,7 +55,7 @@ class _Entry(TypedDict):
 def _same_classes(record: dict[str, Any]) -> dict[str, Any]:
     """One number a class everywhere, and as many images as the classes have together."""
     classes = len(record["class_names"])
-    lists = [record[key] for key in ("natural", "class_counts") if key in record]
+    lists = [record[key] for key in ("natural", "class_counts", "training_counts") if key in record]
     for entry in record["attacks"]:
         lists += [entry["robust"], entry["boundary"], entry["confusion"]]
     if any(len(values) != classes for values in lists):
@@ -70,6 +70,7 @@ class _Record(TypedDict):
     weights_sha256: NotRequired[str]
     natural: NotRequired[_Errors]
     class_counts: NotRequired[list[Annotated[int, Field(ge=1)]]]
+    training_counts: NotRequired[list[Annotated[int, Field(ge=0)]]]
     attacks: list[_Entry]
     config: NotRequired[dict[str, Any]]
 
@@ -154,12 +155,14 @@ def evaluate(
         "data_sha256": data.fingerprint,
         "split": "test",
         "class_names": list(data.class_names),
+        "training_counts": data.class_counts["train"],
         "weights_sha256": checkpoint.digest(dict(model.state_dict())),
         "attacks": [],
     }
     if path is not None and disk.exists(path):
         found = read(path)
         found.setdefault("data_sha256", data.fingerprint)  # frlkit 0.1 kept none
+        found.setdefault("training_counts", record["training_counts"])
         if all(found.get(key) == record[key] for key in record if key != "attacks"):
             record = found
     done = [Attack(**entry["attack"]) for entry in record["attacks"]]

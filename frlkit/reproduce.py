@@ -33,7 +33,8 @@ LIBRARIES = versions("torch", "torchvision", "numpy", "scipy", "pandas", "matplo
 PROFILES = {
     "fashion_mnist": "full",
     "digits": "digits",
-    **{name: f"paper_{name}" for name in ("cifar10", "svhn", "gtsrb", "gtsrb17")},
+    **{name: name for name in ("cifar10", "gtsrb", "gtsrb17")},
+    "svhn": "paper_svhn",
 }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -141,6 +143,45 @@ class TestCorrelation:
     def test_where_there_is_none(self, difficulty: list[list[float]], target: list[list[float]]) -> None:
         question = rules.correlated("hard-least-robust", table(difficulty), {"PGD-AT": table(target)})
         assert verdict(question) == "not tested"
+
+
+class TestPartialCorrelation:
+    """Size and difficulty go together: which of the two does the error follow?"""
+
+    generator = np.random.default_rng(3)
+    difficulty = generator.random((5, 20))
+    size = 0.7 * difficulty + 0.3 * generator.random((5, 20))
+
+    def test_against_regression_of_the_ranks(self) -> None:
+        from scipy.stats import pearsonr, rankdata
+
+        target = self.generator.random((5, 20)).round(1)  # ties
+        rho, p = statistics.partial_rank_correlations(self.size, target, self.difficulty)
+        for seed in range(5):
+            x, y, z = (rankdata(side[seed]) for side in (self.size, target, self.difficulty))
+            design = np.column_stack([np.ones(20), z])
+            left = [side - design @ np.linalg.lstsq(design, side, rcond=None)[0] for side in (x, y)]
+            expected = pearsonr(*left).statistic
+            assert rho[seed] == pytest.approx(expected)
+            t = expected * np.sqrt(17 / (1 - expected**2))
+            assert p[seed] == pytest.approx(2 * scipy.stats.t.sf(abs(t), 17))
+
+    def test_it_follows_what_makes_it(self) -> None:
+        size, difficulty = table(self.size.tolist()), table(self.difficulty.tolist())
+        target = {"PGD-AT": difficulty + 0.01 * size}
+        assert verdict(rules.correlated_given("hard-least-robust", difficulty, size, target)) == "confirmed"
+        assert verdict(rules.correlated_given("hard-least-robust", -difficulty, size, target)) == "refuted"
+        assert verdict(rules.correlated("hard-least-robust", size, target)) == "confirmed"  # which size alone hides
+        noise = {"PGD-AT": table(self.generator.random((5, 20)).tolist())}
+        assert verdict(rules.correlated_given("hard-least-robust", size, difficulty, noise)) == "not established"
+
+    def test_where_there_is_none(self) -> None:
+        few = table([[1.0, 2.0, 3.0]] * 5)
+        assert verdict(rules.correlated_given("hard-least-robust", few, few, {"PGD-AT": few})) == "not tested"
+        size, difficulty = (table(side[:3].tolist()) for side in (self.size, self.difficulty))
+        (short,) = rules.correlated_given("hard-least-robust", size, difficulty, {"PGD-AT": size}).comparisons
+        assert not short.tested
+        assert re.fullmatch(r"PGD-AT: partial rho 1\.00, 3 seeds, 5 needed", short.says)
 
 
 class TestHolm:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frlkit import PROJECT, KitError, checkpoint, models, recipes, records
-from frlkit.report import cards, claims, coverage, front, names, published, tables
+from frlkit.report import cards, claims, coverage, front, matrix, names, published, tables
 
 DOCUMENTS = ("README.md", "REPORT.md", "docs/results.md", "docs/speed.md")
 CARD = "checkpoints/README.md"
@@ -145,20 +145,36 @@ def paper_scale() -> str:
     return tables.markdown(["CIFAR-10, errors in %", "paper", "reruns by others", "ours"], rows)
 
 
-def cost() -> str:
-    """Seconds of a training step at the paper's scale, from ``benchmarks/paper.json``, and hours extrapolated."""
-    found = json.loads((PROJECT / "benchmarks" / "paper.json").read_text(encoding="utf-8"))
-    rows = [
-        [
-            f"{models.TITLES[row['model']]}, {row['way']}",
-            f"{row['step_s']} s ({row['lowest_s']} to {row['highest_s']})",
-            f"{row['images_per_s']}/s",
-            f"{row['extrapolated_hours']:.0f} h",
-        ]
-        for row in found["cost"]
-    ]
-    head = [f"{found['device']}, batch {found['cost'][0]['batch']}", "one step", "images", "extrapolated"]
-    return tables.markdown(head, rows)
+def colour() -> str:
+    """Colour networks: both libraries and the kit in each number format, from ``benchmarks/colour.json``."""
+    path = PROJECT / "benchmarks" / "colour.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"device": "", "rows": []}
+    lines = []
+    for row in found["rows"]:
+        cells = []
+        for label in ("torchattacks", "adv-lib", "kit, float32", "kit, bf16"):
+            way = row["ways"].get(label)
+            beside = [f"{way[k]['ratio']} ×" for k in ("torchattacks", "adv-lib") if way and k in way]
+            text = f"{way['images_per_s']}/s" if way else "measures in float32"
+            cells.append(f"{text} ({' and '.join(beside)})" if beside else text)
+        last = row["ways"].get("kit, bf16", row["ways"]["kit, float32"])
+        title = f"{models.TITLES[row['model']]}, {row['work']}, batch {row['batch']}"
+        epoch = f"{last['epoch_s']:,} s" if row["work"].startswith("train") else ""
+        lines.append([title, *cells, epoch])
+    head = [found["device"], "torchattacks", "adv-lib", "kit, float32", "kit, bf16", "epoch in bf16"]
+    return tables.markdown(head, lines)
+
+
+def colour_formats() -> str:
+    """What bf16 in the attack changes in a trained run, beside another attack seed: from ``benchmarks/colour.json``."""
+    path = PROJECT / "benchmarks" / "colour.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("formats") if path.exists() else None
+    if not found:
+        return UNMEASURED
+    changed = {**found["largest_class_difference_points"]}
+    changed["another attack seed"] = found["largest_class_difference_of_attack_seeds_points"]
+    head = [f"{found['run']}, {found['attack']}; smallest class {found['smallest_class']} images", "largest change, points"]
+    return tables.markdown(head, [[name, value] for name, value in changed.items()])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -166,8 +182,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "fairness": fairness,
     "speed": speed,
     "paper": paper_scale,
-    "cost": cost,
+    "colour": colour,
+    "formats": colour_formats,
     "coverage": coverage.table,
+    "matrix": matrix.table,
+    "carried": matrix.carried,
     "notebooks": front.notebooks,
     **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
 }

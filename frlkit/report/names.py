@@ -169,8 +169,8 @@ def recipe(name: str) -> str:
     return edition(METHODS[name]) if name in METHODS else name
 
 
-DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN", "gtsrb": "GTSRB"}
-DATASETS |= {"gtsrb17": "GTSRB (17 classes)"}
+DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN", "gtsrb": "GTSRB-43"}
+DATASETS |= {"gtsrb17": "GTSRB-17"}  # the 17 classes with the most training images
 
 
 def dataset(name: str) -> str:

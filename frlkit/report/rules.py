@@ -84,6 +84,17 @@ def correlated(key: str, difficulty: pd.DataFrame, targets: Mapping[str, pd.Data
     return Question(key, tuple(_rank(difficulty, target, label) for label, target in targets.items()))
 
 
+def correlated_given(
+    key: str, covariate: pd.DataFrame, given: pd.DataFrame, targets: Mapping[str, pd.DataFrame]
+) -> Question:
+    """The claim that rank correlations over classes are positive with `given` held fixed, each as in `correlated`.
+
+    For class imbalance: `covariate` is minus the classes' sizes and `given` their difficulty, or the other way round.
+    No class is left out.
+    """
+    return Question(key, tuple(_partial_rank(covariate, given, target, label) for label, target in targets.items()))
+
+
 def every(question: Question) -> Question:
     """The same claim as one comparison: it holds where all its parts do, so the weakest part's p-value supports it.
 
@@ -135,12 +146,32 @@ def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Compari
     rho, p = statistics.rank_correlations(x.to_numpy(), y.to_numpy())
     if np.isnan(rho).any():
         return Comparison(f"{label}: no rank correlation of {rho.shape[1] - 1} classes", tested=False)
-    one_sided = {"up": np.where(rho > 0, p / 2, 1 - p / 2), "down": np.where(rho < 0, p / 2, 1 - p / 2)}
-    worst = {way: min(1.0, 2 * float(np.median(found, axis=0).max())) for way, found in one_sided.items()}
+    worst = _combined(rho, p)
     medians = np.median(rho, axis=0)
     left = 1 + int(medians[1:].argmin())
     says = f"{label}: rho {medians[0]:.2f}, without {names.plain(x.columns[left - 1])} {medians[left]:.2f}"
-    return Comparison(f"{says} (medians of {_seeds(len(seeds), enough=True)})", worst["up"], worst["down"])
+    return Comparison(f"{says} (medians of {_seeds(len(seeds), enough=True)})", *worst)
+
+
+def _partial_rank(covariate: pd.DataFrame, given: pd.DataFrame, target: pd.DataFrame, label: str) -> Comparison:
+    seeds = covariate.index.intersection(given.index).intersection(target.index)
+    if not len(seeds):
+        return Comparison(f"{label}: {_seeds(0)}", tested=False)
+    sides = (frame.loc[seeds, covariate.columns].to_numpy() for frame in (covariate, target, given))
+    rho, p = statistics.partial_rank_correlations(*sides)
+    if np.isnan(rho).any():
+        return Comparison(f"{label}: no partial rank correlation of {covariate.shape[1]} classes", tested=False)
+    says = f"{label}: partial rho {np.median(rho):.2f}"
+    if len(seeds) < FEWEST_SEEDS:
+        return Comparison(f"{says}, {_seeds(len(seeds))}", tested=False)
+    return Comparison(f"{says} (median of {_seeds(len(seeds), enough=True)})", *_combined(rho[:, None], p[:, None]))
+
+
+def _combined(rho: np.ndarray, p: np.ndarray) -> tuple[float, float]:
+    """One p-value for positive and one for negative correlations, from two-sided ones (S, K): see `correlated`."""
+    one_sided = (np.where(rho > 0, p / 2, 1 - p / 2), np.where(rho < 0, p / 2, 1 - p / 2))
+    up, down = (min(1.0, 2 * float(np.median(found, axis=0).max())) for found in one_sided)
+    return up, down
 
 
 def _too_few(values: pd.Series, unit: str) -> Comparison | None:

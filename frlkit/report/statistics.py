@@ -136,6 +136,25 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(result.statistic), float(result.pvalue)
 
 
+def partial_rank_correlations(covariate: ArrayLike, target: ArrayLike, given: ArrayLike) -> np.ndarray:
+    """Spearman's partial rank correlation over classes, seed by seed: of covariate and target, `given` held fixed.
+
+    All are (S, C). Returns rho and its two-sided p-value (t with C - 3 degrees of freedom) as (2, S): the correlation
+    of what is left of both sides' ranks once the ranks of `given` are regressed out. NaN where there are fewer than
+    four classes, or nothing is left of a side.
+    """
+    return np.array([_partial(*row) for row in zip(*map(np.asarray, (covariate, target, given)), strict=True)]).T
+
+
+def _partial(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple[float, float]:
+    (xy, _), (xz, _), (yz, _) = _spearman(x, y), _spearman(x, z), _spearman(y, z)
+    free, left = len(x) - 3, (1 - xz**2) * (1 - yz**2)
+    if free < 1 or not left > 1e-12:
+        return np.nan, np.nan
+    rho = float(np.clip((xy - xz * yz) / np.sqrt(left), -1, 1))
+    return rho, 2 * float(stats.t.sf(abs(rho) * np.sqrt(free / max(1 - rho**2, 1e-300)), free))
+
+
 def p_beyond(values: ArrayLike, limit: float, side: str) -> float:
     """One-sided p-value of a t test over seeds that the mean is "less" or "greater" than `limit`.
 

@@ -15,15 +15,19 @@ from frlkit.report import names
 from frlkit.runs import Records
 
 
-def values(recipe: str, epochs: int, frl_epochs: int, batch_size: int) -> dict[str, Any]:
-    """A run's fields from a notebook's parameters; with `frl_epochs` = 0, a retraining has its recipe's own length."""
+def values(recipe: str, epochs: int, frl_epochs: int, batch_size: int, model: str = "") -> dict[str, Any]:
+    """A run's fields from a notebook's parameters: its retraining has its recipe's own length where `frl_epochs` is 0.
+
+    `model` is empty for the network that the data set asks for.
+    """
+    shared = {"batch_size": batch_size, **({"model": model} if model else {})}
     base = recipe.split(",")[0]
     if base in BASE:
-        return {"epochs": epochs, "batch_size": batch_size}
+        return {"epochs": epochs, **shared}
     retrained = RECIPES[base].values.get("start") == "uniform" if base in RECIPES else False
     given = {"epochs": frl_epochs} if frl_epochs else {}
     start = (frl_epochs or RECIPES["uniform"].values["epochs"]) if retrained else epochs
-    return {**given, "start_epochs": start, "batch_size": batch_size}
+    return {**given, "start_epochs": start, **shared}
 
 
 def study(
@@ -34,7 +38,7 @@ def study(
     tensors: Dataset | None,
     *,
     needed: Iterable[str] = (),
-    **lengths: int,
+    **lengths: Any,
 ) -> tuple[Records, Records]:
     """Records and histories, recipe -> one per seed, of these titles (`names.METHODS`) or recipes.
 
@@ -55,7 +59,7 @@ def study(
 
 
 def finished(
-    titles: Iterable[str], seeds: Sequence[int], dataset: str, folder: Path, **lengths: int
+    titles: Iterable[str], seeds: Sequence[int], dataset: str, folder: Path, **lengths: Any
 ) -> tuple[Records, Records]:
     """As `study`, of the runs that are finished with exactly this configuration, in however many of the seeds.
 
@@ -78,7 +82,7 @@ def finished(
 
 
 def outcomes(
-    found: Records, pair: Sequence[str], folder: Path, attack: str, dataset: str, **lengths: int
+    found: Records, pair: Sequence[str], folder: Path, attack: str, dataset: str, **lengths: Any
 ) -> list[np.ndarray]:
     """Whether two methods are right about each test image under an attack (its name, or "clean"): two (S, N) arrays.
 
@@ -98,6 +102,6 @@ def outcomes(
     return [np.array([one[seed] for seed in seeds]) for one in kept]
 
 
-def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengths: int) -> float:
+def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengths: Any) -> float:
     """Attack the first seed's weights again, here and now: the largest class-wise difference from the record."""
     return runs.recheck(found, recipe, folder, tensors, **values(recipe, **lengths))

@@ -43,15 +43,41 @@ def error_table(record: Mapping[str, Any], robust: Sequence[float]) -> pd.DataFr
 
 
 def tidy(records: Records) -> pd.DataFrame:
-    """One row per recipe, seed, class and measure (one of `MEASURES`): error in per cent, and the class's images."""
-    rows = []
+    """One row per recipe, seed, class and measure: error in per cent, and the class's images.
+
+    The measures are `MEASURES`, and behind them the paper's radius for GTSRB where all records have it.
+    """
+    radii, rows = (*RADII, *_more_radii(records)), []
     for recipe, seeds in records.items():
         for record in seeds:
-            by_measure = [record["natural"], *(robust_errors(record, eps) for eps in RADII)]
-            for measure, errors in zip(MEASURES, by_measure, strict=True):
+            by_measure = [record["natural"], *(robust_errors(record, eps) for eps in radii)]
+            for measure, errors in zip(("natural", *map("PGD-20 {}/255".format, radii)), by_measure, strict=True):
                 for name, count, error in zip(record["class_names"], record["class_counts"], errors, strict=True):
                     rows.append((recipe, record["config"]["seed"], plain(name), measure, 100 * error, count))
     return pd.DataFrame(rows, columns=["recipe", "seed", "class", "measure", "error", "images"])
+
+
+def _more_radii(records: Records) -> tuple[int, ...]:
+    """12/255, where these are records of runs on signs."""
+    every = [record for seeds in records.values() for record in seeds]
+    kept = [{entry["attack"]["eps_255"] for entry in record["attacks"]} for record in every]
+    return (12,) if every and all(12 in radii for radii in kept) else ()
+
+
+def note(source: str, network: str, record: Mapping[str, Any]) -> str:
+    """What stands behind a figure's title: data set, network, images to train (where the record has them) and to test.
+
+    GTSRB has 26,640 images to train where torchvision downloaded it and 39,209 in full: no number stands without it.
+    """
+    training = f"{sum(record['training_counts']):,} training and " if "training_counts" in record else ""
+    return f"{source}, {network}; {training}{record['images']:,} test images"
+
+
+def sizes(records: Records, recipe: str) -> pd.DataFrame:
+    """Each class's training images, or test images where a record has only those: a row a seed, a column a class."""
+    rows = {r["config"]["seed"]: r.get("training_counts", r["class_counts"]) for r in records[recipe]}
+    classes = [plain(name) for name in records[recipe][0]["class_names"]]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=classes).rename_axis("seed")
 
 
 def classwise(errors: pd.DataFrame, recipe: str, measure: str) -> pd.DataFrame:
@@ -204,9 +230,11 @@ def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
     """One row per recipe and seed: average over classes and worst class of each error in per cent (paper's Table 1).
 
-    Robust and boundary error are under the standard attack at `eps_255` (in 1/255).
+    Robust and boundary error are under the standard attack at `eps_255` (in 1/255). Where classes differ in size, the
+    averages over images follow.
     """
-    rows = {}
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    kinds: dict[str, np.ndarray]
     for recipe, seeds in records.items():
         for record in seeds:
             natural, robust = np.array(record["natural"]), robust_errors(record, eps_255)
@@ -216,7 +244,11 @@ def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
                 for kind, errors in kinds.items()
                 for what, how in (("average", "mean"), ("worst", "max"))
             }
+            if len(set(images := record["class_counts"])) > 1:
+                over = {f"{kind} average over images": 100 * np.average(e, weights=images) for kind, e in kinds.items()}
+                rows[recipe, record["config"]["seed"]] |= over
     columns = [f"{kind} {what}" for kind in ("natural", "boundary", "robust") for what in ("average", "worst")]
+    columns = list(next(iter(rows.values()), columns))
     index = pd.MultiIndex.from_tuples(list(rows), names=["recipe", "seed"]) if rows else _NO_RUNS
     return pd.DataFrame(list(rows.values()), index, columns, dtype=float)
 

@@ -1,0 +1,77 @@
+"""The matrix claim × data set: cells by hand, claims taken over from executed notebooks of other data sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frlkit import KitError
+from frlkit.report import claims, matrix
+
+
+def row(verdict: str, evidence: str, key: str = "both-robust", dataset: str = "GTSRB-17") -> dict[str, str]:
+    return {"claim": "c", "evidence": evidence, "verdict": verdict, "dataset": dataset, "key": key}
+
+
+def write(path: Path, *rows: dict[str, str]) -> Path:
+    output = {"data": {claims.MIME: {"title": "t", "claims": list(rows)}}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"cells": [{"source": [], "outputs": [output]}]}), encoding="utf-8")
+    return path
+
+
+class TestCell:
+    @pytest.mark.parametrize(
+        ("verdict", "evidence", "expected"),
+        [
+            ("confirmed", "A − B: -8.3 ± 1.9 points [-10.7, -5.9], p 0.011", "confirmed: -8.3 ± 1.9 points"),
+            ("partly", "A: 2.4 ± 1.8 points [0.2, 4.7], p 0.2; B: 10.1 ± 1 points [5, 1]", "partly: 2.4 to 10.1 points"),
+            ("confirmed", "A: rho 0.95, without x 0.93 (medians of 5 seeds); B: rho 0.95, p 0", "confirmed: rho 0.95"),
+            ("refuted", "A: partial rho -0.31 (median of 5 seeds)", "refuted: partial rho -0.31"),
+            ("not tested", "S: -37.8 ± 4.3 %, 3 seeds, 5 needed", "not tested: -37.8 ± 4.3 %, 3 seeds"),
+            ("not tested", "A − B: no runs; C − D: no runs", "not tested: no runs"),
+            ("not tested", "A: 1.0 points, 1 seed, 5 needed; B: no runs", "not tested: 1.0 points, 1 seed, no runs"),
+            ("not tested", "A: 1.0 ± 2.0 points (200 test images, 1000 needed)",
+             "not tested: 1.0 ± 2.0 points, 200 test images, 1000 needed"),
+            ("carries over", "of 9 comparisons the weakest: A − B, worst: 9.0 ± 0.9 points [7, 8]",
+             "carries over: 9.0 ± 0.9 points"),
+        ],
+    )  # fmt: skip
+    def test_by_hand(self, verdict: str, evidence: str, expected: str) -> None:
+        assert matrix.cell(row(verdict, evidence)) == expected
+
+
+class TestCollect:
+    @pytest.fixture
+    def project(self, tmp_path: Path) -> Path:
+        home = row("confirmed", "A: 1.0 ± 0.1 points", dataset="Fashion-MNIST")
+        write(tmp_path / "project" / "notebooks" / "05_x.ipynb", home)
+        (tmp_path / "project" / "checkpoints" / "gtsrb17").mkdir(parents=True)
+        return tmp_path / "project"
+
+    def test_is_kept_and_shown(self, project: Path, tmp_path: Path) -> None:
+        found: Any = write(tmp_path / "output" / "05_x_gtsrb17" / "05_x_gtsrb17.ipynb", row("carries over", "A: 2.0 %"))
+        assert matrix.collect(found.parent, project) == [project / "checkpoints" / "gtsrb17" / "claims.json"]
+        write(found, row("does not carry over", "A: 3.0 %", "both-boundary"))  # another run: the first claim stays
+        matrix.collect(found.parent, project)
+        lines = {line.split(" | ")[0]: line.split(" | ") for line in matrix.table(project).splitlines()}
+        says = claims.statements()["both-robust"]
+        cells = lines[f"| {says['source']}: {says['says']}"]
+        assert cells[1:4] == ["confirmed: 1.0 ± 0.1 points", "no runs: signs.yaml", "carries over: 2.0 %"]
+        assert "carries over to" not in " ".join(cells)
+        counted = matrix.carried(project)
+        assert "| carries over |  |  | 1 |  |  |" in counted
+        assert "| does not carry over |  |  | 1 |  |  |" in counted
+
+    def test_nothing_to_keep(self, project: Path, tmp_path: Path) -> None:
+        write(tmp_path / "output" / "05_x.ipynb", row("confirmed", "A: 1.0 %", dataset="Fashion-MNIST"))
+        with pytest.raises(KitError, match="no notebook in .* has claims about a data set"):
+            matrix.collect(tmp_path / "output", project)
+
+    def test_what_is_no_notebook(self, tmp_path: Path) -> None:
+        (tmp_path / "05_x.ipynb").write_text("[]", encoding="utf-8")
+        with pytest.raises(KitError, match="is no notebook"):
+            matrix.of_notebooks([tmp_path / "05_x.ipynb"])
