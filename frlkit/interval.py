@@ -1,19 +1,21 @@
-"""Interval bounds (IBP), and a loss that trains a network for certificates with them (Gowal et al., 2018).
+"""Interval bounds (IBP), cheap and differentiable: what trains a network for certificates (Gowal et al., 2018).
 
 Each layer maps a box to a box. The bounds are far looser than CROWN's on a network that was not trained with them, but
-they are cheap, differentiable, and a network learns to keep them tight. A ramp (`warm_up`) is needed: from the full
-radius on, training stops at constant predictions.
+a network learns to keep them tight. A ramp (`warm_up`) is needed: from the full radius on, training stops at constant
+predictions.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit import KitError
-from frlkit.attacks import logits
+from frlkit.data import Split
 from frlkit.models import ConvNet, LeNet5
 
 
@@ -40,20 +42,21 @@ def parts(model: nn.Module) -> list[Part]:
     return [*found, Part(last.weight, last.bias)]
 
 
-def worst_logits(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+def worst_logits(model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
     """Upper bounds of z_j - z_y over the l-infinity ball within [0, 1], (N, C), by intervals; 0 at j = y.
 
     Where a row's largest other entry is negative, the image is certified, but for float32's rounding: a training
-    signal, not a certificate. x is (N, channels, height, width) in [0, 1], y (N,) labels, eps a radius in [0, 1].
-    Gradients reach the parameters.
+    signal, not a certificate. x is (N, channels, height, width) in [0, 1], y (N,) labels, eps a radius in [0, 1] or one
+    an image, (N,). Gradients reach the parameters.
     """
     *hidden, last = parts(model)
+    eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     middle, half = (low + high) / 2, (high - low) / 2
     for part in hidden:
-        if part.weight.ndim == 2:
-            middle, half = middle.flatten(1), half.flatten(1)
-            middle, half = F.linear(middle, part.weight, part.bias), F.linear(half, part.weight.abs())
+        if part.weight[0].numel() == middle[0].numel():  # a window that is the whole map
+            weight = part.weight.flatten(1)
+            middle, half = F.linear(middle.flatten(1), weight, part.bias), F.linear(half.flatten(1), weight.abs())
         else:
             middle = F.conv2d(middle, part.weight, part.bias, padding=part.padding)
             half = F.conv2d(half, part.weight.abs(), padding=part.padding)
@@ -70,18 +73,22 @@ def _after(part: Part, z: Tensor) -> Tensor:
     return F.avg_pool2d(z, 2) if part.pool == "mean" else F.max_pool2d(z, 2) if part.pool == "max" else z
 
 
-def certified_loss(model: nn.Module, x: Tensor, y: Tensor, eps: float, share: float = 0.5) -> Tensor:
-    """(1 - share) * cross-entropy of the clean images + share * cross-entropy of `worst_logits`, mean over the batch.
+def warm_up(progress: float, ramp: float) -> float:
+    """From 0 in a straight line to 1 when a share `ramp` of the training is over; `progress` is in [0, 1]."""
+    return min(1.0, progress / ramp) if ramp else 1.0
 
-    The second term is an upper bound of the cross-entropy under any attack. `eps`, and `share` in [0, 1], are those of
-    the moment: multiply both by `warm_up`.
+
+@torch.no_grad()
+def class_errors(model: nn.Module, split: Split, eps: float) -> np.ndarray:
+    """Class-wise share (C,) of images that intervals do not certify at radius `eps` in [0, 1]: above any robust error.
+
+    Raises `KitError` where a class has no image, or the network is not supported.
     """
-    if not 0 <= share <= 1:
-        raise KitError(f"share = {share!r} is not allowed: use a number from 0 to 1")
-    worst = F.cross_entropy(worst_logits(model, x, y, eps), y)
-    return (1 - share) * F.cross_entropy(logits(model, x), y) + share * worst
-
-
-def warm_up(progress: float, start: float = 0.1, end: float = 0.6) -> float:
-    """0 until `start` of the training is over, then a straight line to 1 at `end`; `progress` is in [0, 1]."""
-    return min(1.0, max(0.0, (progress - start) / (end - start)))
+    worst = [worst_logits(model, *split.batch(slice(start, start + 1000)), eps) for start in range(0, len(split), 1000)]
+    # the label's own entry is 0, so one wrong class at 0 or above leaves the image uncertified
+    open_ = ((torch.cat(worst) >= 0).sum(1) > 1).cpu().numpy()
+    labels = split.labels.cpu().numpy()
+    counts = np.bincount(labels, minlength=split.classes)
+    if (counts == 0).any():
+        raise KitError(f"class {int(counts.argmin())} has no image in this split: its error is undefined")
+    return np.bincount(labels, open_, minlength=split.classes) / counts

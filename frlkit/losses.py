@@ -1,4 +1,4 @@
-"""The training loss of a batch, by a run's method: natural training, PGD-AT, TRADES, and those of FRL's variants."""
+"""The training loss of a batch, by a run's method: natural, PGD-AT, TRADES, certified, and those of FRL's variants."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import fairness
+from frlkit import fairness, interval
 from frlkit.attacks import logits, n_fgsm, pgd
 from frlkit.recipes import Config, FairConfig
 
@@ -20,12 +20,15 @@ def loss(
     config: Config,
     generator: torch.Generator,
     balance: fairness.Setting | None = None,
+    progress: float = 1.0,
 ) -> Tensor:
     """The loss of one batch: cross-entropy, clean (natural), attacked (PGD-AT, N-FGSM), or with TRADES' KL term.
 
     With a `balance`, the loss of a retraining run: every term is a mean weighted by class, and the attack has each
-    class's radius.
+    class's radius. `progress`, in [0, 1], is how much of the training is over.
     """
+    if balance is not None and config.method == "certified":
+        return _certified_loss(model, x, y, config, balance, progress)
     if balance is not None:
         return _fair_loss(model, x, y, config, generator, balance)
     attack = (config.eps_255 / 255, config.step_255 / 255, config.steps)
@@ -80,6 +83,21 @@ def _fair_loss(
     if config.predicted_targets:
         return natural + _weighted_cross_entropy(attacked, clean.argmax(1), balance.weights_bdy)
     return natural + _weighted_divergence(attacked, clean, balance.weights_bdy[y])
+
+
+def _certified_loss(
+    model: nn.Module, x: Tensor, y: Tensor, config: FairConfig, balance: fairness.Setting, progress: float
+) -> Tensor:
+    """(1 - kappa) * weighted cross-entropy of the clean images + kappa * that of the worst logits in the ball.
+
+    The second term bounds the cross-entropy under any attack (Gowal et al., 2018). Radius and kappa rise to the run's
+    over the first `config.ramp` of the training.
+    """
+    done = interval.warm_up(progress, config.ramp)
+    eps, kappa = done * config.eps_255 / 255 * balance.radius_factors[y], done * config.kappa
+    natural = _weighted_cross_entropy(logits(model, x), y, balance.weights_nat)
+    worst = _weighted_cross_entropy(interval.worst_logits(model, x, y, eps), y, balance.weights_bdy)
+    return (1 - kappa) * natural + kappa * worst
 
 
 def _weighted_cross_entropy(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:

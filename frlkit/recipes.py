@@ -58,9 +58,9 @@ class Config:
 class FairConfig(fairness.Rule, Config):
     """A retraining run (FRL): goes on from the finished run of `start` with the same seed, data set and batch size."""
 
-    method: Literal["frl", "pgd_at", "report_reweight", "report_remargin", "intercept"]
+    method: Literal["frl", "pgd_at", "report_reweight", "report_remargin", "intercept", "certified"]
     start: (
-        Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "random"]
+        Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "certified", "random"]
         | Annotated[str, Field(pattern=r"^weights-[0-9a-f]{16}$")]
     ) = "pgd_at"  # whose weights ...
     start_epochs: Annotated[int, Field(ge=1, le=10**5)] = 15  # ... after so many epochs; random: from nothing;
@@ -70,12 +70,14 @@ class FairConfig(fairness.Rule, Config):
     measure_255: Pixels = 8.0  # radius at which the errors behind an update are measured (PGD-20, step 2/255)
     update_images: Annotated[int, Field(ge=0, le=10**9)] = 0  # on so many random validation images; 0: on all
     moved: Literal["biases", "norms"] = "biases"  # method intercept: what of the output layer follows the multipliers
-    boundary: Literal["wrong", "changed"] = "wrong"  # boundary error of an update: right clean and wrong attacked, or
-    # any changed prediction (the report's)
+    boundary: Literal["wrong", "changed", "certified"] = "wrong"  # boundary error of an update: right clean and wrong
+    # attacked; any changed prediction (the report's); what intervals leave uncertified beyond the natural error
     step: Literal["own", "largest", "fixed"] = "own"  # proportional to the sample's own radius, or the batch's largest
     predicted_targets: bool = True  # report_reweight: attacked images are trained towards, and weighted by, the
     # prediction for the clean image (the report); False: towards its probabilities, weighted by the label
     unshuffled_labels: bool = False  # report_remargin: labels stay behind when the images are shuffled (the report)
+    kappa: Share = 0.5  # certified: weight of the interval bound's cross-entropy in the loss
+    ramp: Share = 0.0  # certified: share of the training over which radius and kappa rise from 0
 
 
 class Recipe(NamedTuple):
@@ -108,6 +110,8 @@ _REPORT = {
     **{"radius_low": 0.0, "radius_high": 1e6, "clamp_state": False, "start": "pgd_at_half", "validation": 0.2},
     **{"boundary": "changed", "updates": 24},
 }
+_REPORT_LOOP = {**_REPORT, "method": "report_reweight", "eps_255": 16.0}
+_CERTIFIED = {**_ALGORITHM1, "method": "certified", "start": "certified", "start_epochs": 20, "boundary": "certified"}
 _REWEIGHT, _MARGIN = {"alpha_bdy": 0.3}, {"alpha_margin": 3.0}
 _BOTH = {**_REWEIGHT, **_MARGIN}
 
@@ -194,14 +198,8 @@ FAIR: dict[str, Recipe] = {
         "authors' code",
         {**_OFFICIAL, "alpha_nat": 0.05, "alpha_bdy": 0.1, "alpha_margin": 0.4},
     ),
-    "report_uniform": Recipe(
-        "Report's loop, equal weights (control)", "control", {**_REPORT, "method": "report_reweight", "eps_255": 16.0}
-    ),
-    "report_reweight": Recipe(
-        "Report's Reweight",
-        "report",
-        {**_REPORT, "method": "report_reweight", "eps_255": 16.0, "alpha_nat": 1.0, "alpha_bdy": 1.0},
-    ),
+    "report_uniform": Recipe("Report's loop, equal weights (control)", "control", _REPORT_LOOP),
+    "report_reweight": Recipe("Report's Reweight", "report", {**_REPORT_LOOP, "alpha_nat": 1.0, "alpha_bdy": 1.0}),
     "report_remargin": Recipe(
         "Report's Remargin",
         "report",
@@ -211,6 +209,14 @@ FAIR: dict[str, Recipe] = {
         },
     ),
     "dafa": Recipe("DAFA", "Lee et al. 2024", {**_LOOP, "scheme": "dafa", "radius_low": 0.0}),
+    "certified": Recipe(
+        "Certified training (intervals)",
+        "Gowal et al. 2018",
+        {"method": "certified", "start": "random", "epochs": 20, "ramp": 0.6, "lr_every": 13, "lr_divide": 10.0},
+    ),
+    "certified_uniform": Recipe("Certified, equal weights (control)", "control", {**_CERTIFIED, "alpha_nat": 0.0}),
+    "certified_reweight": Recipe("Certified, Reweight", "paper", {**_CERTIFIED, **_REWEIGHT}),
+    "certified_remargin": Recipe("Certified, Remargin", "paper", {**_CERTIFIED, **_MARGIN}),
     "one_class": Recipe("One class at twice the radius", "paper, section 3", {**_LOOP, "scheme": "one_class"}),
 }
 RECIPES = {**BASE, **FAIR}
@@ -245,7 +251,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 OWN = "weights-"  # how the start of a network that was lent begins
 
 #: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
-LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary")
+LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary", "kappa", "ramp")
 
 
 def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:

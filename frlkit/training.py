@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from frlkit import KitError, distributed, evaluation, fairness, models
+from frlkit import KitError, distributed, evaluation, fairness, interval, models
 from frlkit.attacks import logits
 from frlkit.data import Dataset, Split, augmented
 from frlkit.evaluation import STANDARD, Attack, stream
@@ -201,6 +201,9 @@ def _next_multipliers(run: Progress, part: int) -> fairness.State:
     if config.boundary == "changed":
         natural = evaluation.class_errors(run.result, split, Attack(eps_255=0.0, steps=0)).natural
         boundary = evaluation.changed(run.result, split, attack)
+    elif config.boundary == "certified":
+        natural = evaluation.class_errors(run.result, split, Attack(eps_255=0.0, steps=0)).natural
+        boundary = interval.class_errors(run.result, split, attack.eps_255 / 255) - natural
     elif split is run.data.validation and attack == STANDARD[0] and part == 0:  # measured when the epoch ended
         known = (run.history[-1] if run.history else run.start)["validation"]
         natural, boundary = np.array(known["natural"]), np.subtract(known["robust"], known["natural"])
@@ -253,7 +256,8 @@ def train_epoch(
         if config.augment != "none":
             x = augmented(x, config.augment, shifts)
         with evaluation.number_format(config.precision, device):
-            batch_loss = loss(model, x, y, config, starts, balance)
+            progress = (epoch + number / len(batches)) / config.epochs
+            batch_loss = loss(model, x, y, config, starts, balance, progress)
         value = batch_loss.item()
         if not math.isfinite(value):
             raise TrainingDivergedError(

@@ -35,7 +35,6 @@ class Grid(NamedTuple):
     side: int  # of a window
 
 
-@torch.no_grad()
 def margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) -> Tensor:
     """Lower bounds of z_y - z_j over the l-infinity ball within [0, 1], (N, C) float64; infinity at j = y.
 
@@ -48,13 +47,30 @@ def margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) 
     eps : radius in [0, 1]
     steps : rounds in which the lines are fitted to each bound; 0 is plain CROWN
     """
+    return bounded(model, x, y, eps, steps).margins
+
+
+class Bounded(NamedTuple):
+    """What `margins` finds on its way to them."""
+
+    layers: tuple[Layer, ...]
+    box: tuple[Tensor, Tensor]
+    ranges: list[Range]
+    error: Tensor  # (N, C): what is taken off each form's bound for rounding
+    margins: Tensor
+
+
+@torch.no_grad()
+def bounded(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) -> Bounded:
+    """As `margins`, with all that they follow from."""
     layers = network(model)
     check_forward(layers, model, x)
     box = ball(x, eps)
     ranges = pre_activations(layers, box, steps)
     bounds = tightest(layers, box, ranges, *differences(layers[-1], y), steps)[:, 0]
     error = layers[-1].slack.flatten() + rounding(layers[-1], _into(layers, box, ranges)).flatten(1)
-    return (bounds - error.gather(1, y[:, None]) - error).scatter(1, y[:, None], torch.inf)
+    error = error + error.gather(1, y[:, None])
+    return Bounded(layers, box, ranges, error, (bounds - error).scatter(1, y[:, None], torch.inf))
 
 
 def _into(layers: Sequence[Layer], box: tuple[Tensor, Tensor], ranges: Sequence[Range]) -> Tensor:
@@ -95,9 +111,8 @@ def tightest(
     that were tightest where the form had its minimum. The best bound counts, so more steps never loosen it.
     """
     below = layers[:-1]
-    *grids, at_image = _grids(layers)
-    image = tuple(_windows(part, at_image) for part in box)
-    reach = [Range(*(_windows(part, grid) for part in parts)) for parts, grid in zip(ranges, grids, strict=True)]
+    *_, at_image = _grids(layers)
+    image, reach = windowed(layers, box, ranges)
     usual = [usual_points(layer, part) for layer, part in zip(below, reach, strict=True)]
     plain = [lines(*rest) for rest in zip(below, reach, usual, strict=True)]
     largest = max([at_image.side**2 * forms.shape[-2], *(part.low[0, 0].numel() for part in reach)])
@@ -106,7 +121,7 @@ def tightest(
         points, around = usual, plain
         bound, signs = lower(below, image, around, part)
         for step in range(steps if below else 0):
-            arguments = _minimiser(below, image, around, signs)
+            arguments = minimiser(below, image, around, signs)
             aims = map(best_points, below, arguments)
             points = [old + (aim - old) / (step + 1) for old, aim in zip(points, aims, strict=True)]  # their mean
             around = [lines(*rest) for rest in zip(below, reach, points, strict=True)]
@@ -114,6 +129,16 @@ def tightest(
             bound = torch.maximum(bound, found)
         best.append(bound)
     return torch.cat(best, 2) + constants
+
+
+def windowed(
+    layers: Sequence[Layer], box: tuple[Tensor, Tensor], ranges: Sequence[Range]
+) -> tuple[tuple[Tensor, Tensor], list[Range]]:
+    """Box and ranges cut to the windows that the last layer's positions see."""
+    *grids, at_image = _grids(layers)
+    middle, half = (_windows(part, at_image) for part in box)
+    reach = [Range(*(_windows(part, grid) for part in parts)) for parts, grid in zip(ranges, grids, strict=True)]
+    return (middle, half), reach
 
 
 def _grids(layers: Sequence[Layer]) -> list[Grid]:
@@ -138,27 +163,28 @@ def lower(
     """
     total: Tensor | float = 0.0
     passed = []
-    for layer, (slope, half_slope, intercept, half_intercept) in zip(reversed(layers), reversed(around), strict=True):
+    for layer, line in zip(reversed(layers), reversed(around), strict=True):
         if layer.pool:
             forms = forms.repeat_interleave(2, 3).repeat_interleave(2, 5)
         passed.append(forms)
         size = forms.abs()
-        total = total + _dot(forms, intercept) - _dot(size, half_intercept)
-        forms = _transposed(torch.addcmul(forms * slope, size, half_slope, value=-1), layer.weight)
+        total = total + _dot(forms, line.intercept) - _dot(size, line.half_intercept)
+        forms = torch.addcmul(forms * line.slope, size, line.half_slope, value=-1) + line.tilt
+        forms = _transposed(forms, layer.weight)
     return total + _dot(forms, image[0]) - _dot(forms.abs(), image[1]), [forms, *reversed(passed)]
 
 
-def _minimiser(
+def minimiser(
     layers: Sequence[Layer], image: tuple[Tensor, Tensor], around: Sequence[Lines], passed: Sequence[Tensor]
 ) -> list[Tensor]:
     """The arguments of the activations, (N, P, S, h, C, w) each, where forms take the minimum that `lower` finds."""
     flow = image[0] - passed[0].sign() * image[1]
     arguments = []
-    for layer, (slope, half_slope, intercept, half_intercept), forms in zip(layers, around, passed[1:], strict=True):
+    for layer, line, forms in zip(layers, around, passed[1:], strict=True):
         z = _convolved(flow, layer.weight)
         arguments.append(z + layer.bias[:, None])
         sign = forms.sign()
-        flow = (slope - sign * half_slope) * z + intercept - sign * half_intercept
+        flow = (line.slope - sign * line.half_slope) * z + line.intercept - sign * line.half_intercept
         if layer.pool:
             flow = flow.unflatten(5, (-1, 2)).unflatten(3, (-1, 2)).sum((4, 7))
     return arguments

@@ -43,6 +43,7 @@ class Lines(NamedTuple):
     half_slope: Tensor
     intercept: Tensor
     half_intercept: Tensor
+    tilt: Tensor | float = 0.0  # added to a form behind the lines: multipliers of constraints on the argument
 
 
 def activations(layer: Layer, around: Range) -> Tensor:
