@@ -64,7 +64,7 @@ def versions(
 ) -> Iterator[tuple[str, nn.Module]]:
     """The network before; retrained with equal weights; by `recipe`, called `title`; with its output biases moved.
 
-    The last takes no training: it is what the cheap remedy gives. `values` are those of `retrain`, for both retrainings.
+    The last takes no training: the cheap remedy. `values` are those of `retrain`, for both retrainings.
     """
     yield BEFORE, model
     yield CONTROL, retrain("uniform", model, name, tensors, place, seed, **values)
@@ -74,7 +74,12 @@ def versions(
 
 
 def compare(
-    model: nn.Module, name: str, tensors: Dataset, place: Path, measure: Callable[[nn.Module], dict[str, Any]], **asked: Any
+    model: nn.Module,
+    name: str,
+    tensors: Dataset,
+    place: Path,
+    measure: Callable[[nn.Module], dict[str, Any]],
+    **asked: Any,
 ) -> list[dict[str, Any]]:
     """An audit (`measure`) of each of `versions`, for `frlkit.report.card.write`; `asked` are those of `versions`."""
     return [{"title": title, **measure(found)} for title, found in versions(model, name, tensors, place, **asked)]

@@ -239,8 +239,8 @@ def _radii(audit: Mapping[str, Any], worst: int, easiest: int, called: Sequence[
 
 def _rungs(ladder: Sequence[Mapping[str, Any]], called: Sequence[str]) -> str:
     means = [float(np.mean(rung["robust"])) for rung in ladder]
-    text = f"Ever stronger attacks on {ladder[-1]['images']} images: the mean error is {percent(means[0])} at the first "
-    text += f"rung and {percent(means[-1])} under {ladder[-1]['rung']}."
+    text = f"Ever stronger attacks on {ladder[-1]['images']} images: the mean error is {percent(means[0])} at the "
+    text += f"first rung and {percent(means[-1])} under {ladder[-1]['rung']}."
     if len(ladder) < 3:
         return text
     more = np.subtract(ladder[-1]["robust"], ladder[1]["robust"])

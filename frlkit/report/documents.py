@@ -173,7 +173,10 @@ def colour_formats() -> str:
         return UNMEASURED
     changed = {**found["largest_class_difference_points"]}
     changed["another attack seed"] = found["largest_class_difference_of_attack_seeds_points"]
-    head = [f"{found['run']}, {found['attack']}; smallest class {found['smallest_class']} images", "largest change, points"]
+    head = [
+        f"{found['run']}, {found['attack']}; smallest class {found['smallest_class']} images",
+        "largest change, points",
+    ]
     return tables.markdown(head, [[name, value] for name, value in changed.items()])
 
 
