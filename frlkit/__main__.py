@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from frlkit import PROJECT, KitError, __version__, commands
-from frlkit.options import DATA, DEVICE, RUNS, Choice, Group, names_of
+from frlkit.options import DATA, DEVICE, RUNS, Choice, Group, names_of, sure_to_end
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -161,7 +161,7 @@ def sweep(
 
     place = clusters.choose(backend, address, device, jobs, shares)
     planned = sweeps.plan(file, runs)
-    with place as (carry_out, workers):
+    with sure_to_end(), place as (carry_out, workers):
         if dry_run:
             click.echo(sweeps.preview(planned, runs, workers))
             return

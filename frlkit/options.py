@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import select
+import signal
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,6 +46,48 @@ class Group(click.Group):
             stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")
             stopped.exit_code = 130
             raise stopped from None
+
+
+GRACE = 10.0  # seconds
+
+
+@contextlib.contextmanager
+def sure_to_end() -> Iterator[None]:
+    """From Ctrl-C on this process ends within `GRACE` seconds, and at once after a second one, whatever hangs.
+
+    For a command with processes and threads of its own, whose locks an exception can leave behind, or lose the
+    exception. What it does then is as safe as a kill; the status is 130.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, told = socket.socketpair()
+    told.setblocking(False)
+
+    def watch() -> None:  # told by the signal itself, not by Python code that would have to run for it
+        with ours:
+            while signal.SIGINT not in (heard := ours.recv(1)):
+                if not heard:
+                    return  # the command has ended
+            try:
+                select.select([ours], [], [], GRACE)
+                click.echo("Error: interrupted; the same command goes on from here", err=True)
+            finally:
+                os._exit(130)
+
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        told.detach()  # stays open: the process's own end may hang yet
+        raise
+    except BaseException:
+        signal.set_wakeup_fd(before)
+        told.close()
+        raise
+    signal.set_wakeup_fd(before)
+    told.close()
 
 
 class Choice(click.Choice):

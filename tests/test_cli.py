@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,20 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from frlkit import PROJECT, __version__, attacks, checkpoint, data, evaluation, models, recipes, runs, training
+from frlkit import (
+    PROJECT,
+    KitError,
+    __version__,
+    attacks,
+    checkpoint,
+    data,
+    evaluation,
+    models,
+    options,
+    recipes,
+    runs,
+    training,
+)
 from frlkit.__main__ import main
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
@@ -385,3 +400,55 @@ def test_version_and_help() -> None:
         result = call(*words, "--help")
         assert result.exit_code == 0
         assert "Usage:" in result.stdout
+
+
+HANGS = {
+    "a lost interrupt": "while True:\n        with contextlib.suppress(KeyboardInterrupt):\n            time.sleep(60)",
+    "the way out": "try:\n        time.sleep(60)\n    finally:\n        threading.Event().wait()",
+    "the process's end": "threading.Thread(target=threading.Event().wait).start()\n    time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
+def test_ctrl_c_ends_a_sweep_that_hangs(hang: str, twice: bool) -> None:
+    script = f"""
+import contextlib, signal, sys, threading, time
+import click
+from frlkit import options
+options.GRACE = {100 if twice else 0.2}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+@click.group(cls=options.Group)
+@click.option("--quiet", is_flag=True)
+def main(quiet): ...
+@main.command()
+@options.sure_to_end()
+def sweep():
+    print("there", flush=True)
+    {hang}
+main(["sweep"])
+"""
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    run = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    assert run.stdout is not None and run.stdout.readline() == "there\n"
+    run.send_signal(signal.SIGINT)
+    for _ in range(300 * twice):  # two that come at once are one
+        time.sleep(0.2)
+        if run.poll() is not None:
+            break
+        run.send_signal(signal.SIGINT)
+    try:
+        said = set(run.communicate(timeout=60)[1].splitlines())  # a second time where the process's end hangs
+        assert said == {"Error: interrupted; the same command goes on from here"}
+    finally:
+        run.kill()
+    assert run.returncode == 130
+
+
+def test_a_sweep_that_nobody_interrupts_ends_as_it_does() -> None:
+    with options.sure_to_end():
+        pass
+    with pytest.raises(KitError), options.sure_to_end():
+        raise KitError("no")
+    assert signal.set_wakeup_fd(-1) == -1

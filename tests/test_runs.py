@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_training import RUNS, StoppedError, assert_same_run, stop_at, weights_of
 from torch import Tensor, nn
 
-from frlkit import KitError, checkpoint, evaluation, models, recipes, records, runs, training
+from frlkit import KitError, checkpoint, disk, evaluation, models, recipes, records, runs, training
 from frlkit.data import Dataset, Split
 from frlkit.recipes import Config
 
@@ -308,3 +308,35 @@ def test_a_start_of_a_start_is_trained_first(tiny: Dataset, tmp_path: Path) -> N
         start = records.read(tmp_path / "digits" / before / "seed0" / "record.json")
         assert history["start"]["sha256"] == start["weights_sha256"]
     assert runs.load(runs.folder(tmp_path, "pgd_at", quick), quick)
+
+
+class TestOrderOfFields:
+    """A recipe's fields in another order are the same run, which is where it was begun."""
+
+    SHIPPED = "report_reweight,alpha_nat=1,alpha_bdy=5,epochs=8"
+
+    @staticmethod
+    def folder(top: Path, recipe: str) -> str:
+        return runs.folder(top, recipe, recipes.configure(recipe, "digits", 0)).parent.name
+
+    def test_a_folder_that_is_there_is_found(self, tmp_path: Path) -> None:
+        other = "report_reweight,epochs=08,alpha_bdy=5.0,alpha_nat=1"
+        assert self.folder(tmp_path, other) == "report_reweight,epochs=8,alpha_bdy=5,alpha_nat=1"  # a new one
+        for name in (self.SHIPPED, "report_reweight,alpha_nat=1,alpha_bdy=5"):
+            (tmp_path / "digits" / name).mkdir(parents=True)
+        assert self.folder(tmp_path, other) == self.SHIPPED
+        (tmp_path / "digits" / recipes.spelled(other)).mkdir()  # by hand: each is its own
+        assert self.folder(tmp_path, other) == recipes.spelled(other)
+        assert self.folder(tmp_path, self.SHIPPED) == self.SHIPPED
+
+    def test_other_values_are_another_run(self, tmp_path: Path) -> None:
+        (tmp_path / "digits" / self.SHIPPED).mkdir(parents=True)
+        swapped = "report_reweight,epochs=8,alpha_nat=5,alpha_bdy=1"
+        assert self.folder(tmp_path, swapped) == swapped
+
+    def test_a_disk_that_does_not_say(self, tmp_path: Path) -> None:
+        (tmp_path / "digits").write_text("no folder")
+        assert self.folder(tmp_path, self.SHIPPED) == self.SHIPPED  # starting the run says what is wrong
+        place = tmp_path / ("x" * 300)
+        with pytest.raises(disk.ReadError, match="cannot be read"):
+            self.folder(place, self.SHIPPED)

@@ -111,6 +111,22 @@ class TestPlan:
         planned = sweeps.plan(written(tmp_path, text), tmp_path)
         assert [run.recipe for run in planned] == ["pgd_at", "uniform,epochs=3,lr=0.01"]
 
+    def test_fields_in_any_order_are_one_run(self, tmp_path: Path) -> None:
+        text = "grid: [{recipe: natural, epochs: 3, lr: 0.01}, {recipe: natural, lr: 0.01, epochs: [3, 4]}]"
+        found = ["fashion_mnist/natural,epochs=3,lr=0.01/seed0", "fashion_mnist/natural,lr=0.01,epochs=4/seed0"]
+        assert names(sweeps.plan(written(tmp_path, text), tmp_path)) == found
+        (tmp_path / "fashion_mnist" / "natural,epochs=4,lr=0.01" / "seed7").mkdir(parents=True)  # there already
+        found[1] = "fashion_mnist/natural,epochs=4,lr=0.01/seed0"
+        assert names(sweeps.plan(written(tmp_path, text), tmp_path)) == found
+
+    def test_a_plan_that_takes_long_says_so(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        passed = iter(range(0, 100, 3))
+        monkeypatch.setattr(sweeps.time, "monotonic", lambda: next(passed) / 2)
+        sweeps.plan(written(tmp_path, "grid: [{recipe: natural, seed: [1, 2, 3]}]"), tmp_path)
+        assert capsys.readouterr().out == "planning sweep.yaml ...\n"
+
     @pytest.mark.parametrize(
         ("text", "said"),
         [

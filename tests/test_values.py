@@ -124,6 +124,11 @@ class TestSpelling:
         assert recipes.spelled(f"uniform,{text}") == "uniform,epochs=3"
         assert recipes.configure(f"uniform,{text}", "digits", 0) == recipes.configure("uniform", "digits", 0, epochs=3)
 
+    @pytest.mark.parametrize("text", ["epochs=3,epochs=4", "epochs=3,beta=1,epochs=3"])
+    def test_a_field_is_given_once(self, text: str) -> None:
+        with pytest.raises(KitError, match=r"^epochs is given twice in 'uniform,epochs=.*': give it once"):
+            recipes.configure(f"uniform,{text}", "digits", 0)
+
     @pytest.mark.parametrize("text", ["yes", "1", "0", "true", "on", ""])
     def test_only_true_and_false_are_flags(self, text: str) -> None:
         with pytest.raises(KitError, match=f"^accumulate = {text!r} is not allowed: use True or False"):

@@ -305,7 +305,7 @@ class Stage:
         return process
 
     def wait(self, process: Any) -> Outcome:
-        process.join(120)
+        process.join(600)  # others may be busy here
         if process.exitcode is None:
             process.kill()
             raise AssertionError(f"it hangs: {process.output.read_text(encoding='utf-8')}")
