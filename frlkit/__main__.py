@@ -45,18 +45,13 @@ def reproduce(dataset: str, profile: str, retrain: bool, output: Path) -> None:
 
 @main.command()
 @click.option("--check", is_flag=True, help="Write nothing: say where documents and records disagree.")
-@click.option(
-    "--claims",
-    "executed",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="First keep the claims that notebooks executed there, as by reproduce, make about other data sets.",
-)
-def report(check: bool, executed: Path | None) -> None:
+@click.option("--claims", type=click.Path(path_type=Path), help="Executed notebooks: keep their claims first.")
+def report(check: bool, claims: Path | None) -> None:
     """Write the documents' tables and the models' card anew from shipped records, notebooks and benchmark results."""
     from frlkit.report import documents, matrix
 
-    for file in matrix.collect(executed) if executed and not check else []:
-        click.echo(f"kept: {file}")
+    if claims:
+        click.echo(f"kept: {', '.join(map(str, matrix.collect(claims)))}")
     if check:
         if found := documents.check():
             raise KitError("; ".join(found))

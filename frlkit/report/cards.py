@@ -10,7 +10,7 @@ import numpy as np
 
 from frlkit import PROJECT, records, runs
 from frlkit.evaluation import STANDARD
-from frlkit.recipes import RECIPES, title
+from frlkit.recipes import RECIPES
 from frlkit.report import tables
 
 HEAD = """# Model card
@@ -47,12 +47,12 @@ def _about(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         config, name = seeds[0]["config"], recipe.split(",")[0]
         listed = ", ".join(str(record["config"]["seed"]) for record in seeds)
         source = RECIPES[name].source if name in RECIPES else ""
+        title = ", ".join([RECIPES[name].title if name in RECIPES else name, *recipe.split(",", 1)[1:]])
         start = config.get("start", "random weights")
         trained = f"{config['eps_255']:g}/255, {config['steps']} steps" if config["method"] != "natural" else "none"
+        trained += f"; {config['precision']}" if "precision" in config else ""
         share = f"{config.get('validation', 0.1):.0%}"
-        rows.append(
-            [title(recipe), f"`{recipe}`", source, config["model"], start, config["epochs"], trained, share, listed]
-        )
+        rows.append([title, f"`{recipe}`", source, config["model"], start, config["epochs"], trained, share, listed])
     head = ["model", "recipe", "source", "network", "starts from", "epochs", "attack in training", "held out", "seeds"]
     return tables.markdown(head, rows).splitlines()
 
