@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit import KitError, kernels, models
+from frlkit import KitError, kernels
 from frlkit.distributed import share_out
 
 LOSSES = ("ce", "kl", "margin")
@@ -75,7 +75,7 @@ def pgd(
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     with evaluating(model):
         _check_labels(model, x, y)
-        model = models.folded(model)
+        model = kernels.folded(model)
         targets = _frozen_logits(model, x).softmax(1) if loss == "kl" else y
         best = best_score = None
         for _ in range(restarts):
@@ -125,7 +125,7 @@ def _ascend(model: nn.Module, parts: tuple[Tensor, ...], steps: int, loss: str, 
     x, adversarial, targets, eps, step_size, low, high = (part[rows] for part in parts)
     if path := kernels.fast(model):
         return path.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
-    adversarial, low, high = (part.to(memory_format=models.layout(model)) for part in (adversarial, low, high))
+    adversarial, low, high = (part.to(memory_format=kernels.layout(model)) for part in (adversarial, low, high))
     for _ in range(steps):
         adversarial = adversarial.requires_grad_()
         with torch.enable_grad():

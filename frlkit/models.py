@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from frlkit import KitError
 
@@ -68,7 +66,7 @@ class ConvNet(nn.Module):
         return self.linear(images.flatten(1))
 
 
-class _BasicBlock(nn.Module):
+class BasicBlock(nn.Module):
     """conv-BN-ReLU-conv-BN, plus the input, ReLU (He et al., 2016a)."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -84,7 +82,7 @@ class _BasicBlock(nn.Module):
         return (y + self.shortcut(x)).relu()
 
 
-class _PreActivationBlock(nn.Module):
+class PreActivationBlock(nn.Module):
     """BN-ReLU-conv-BN-ReLU-conv, plus the input (He et al., 2016b); a new shape is projected after the first ReLU."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -116,7 +114,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = _convolution(self.image_shape[0], widths[0])
-        self.preactivation = block is _PreActivationBlock
+        self.preactivation = block is PreActivationBlock
         self.stem_bn = nn.Identity() if self.preactivation else nn.BatchNorm2d(widths[0])
         layers, before = [], widths[0]
         for group, (count, after) in enumerate(zip(blocks, widths[1:], strict=True)):
@@ -152,13 +150,11 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "lenet5": LeNet5,
     "cnn3": partial(ConvNet, depth=3),
     "cnn4": partial(ConvNet, depth=4),
-    "preact_resnet18": partial(ResNet, block=_PreActivationBlock, blocks=(2, 2, 2, 2)),
-    "preact_resnet18_w16": partial(
-        ResNet, block=_PreActivationBlock, blocks=(2, 2, 2, 2), widths=(16, 16, 32, 64, 128)
-    ),
-    "resnet18": partial(ResNet, block=_BasicBlock, blocks=(2, 2, 2, 2)),
-    "resnet34": partial(ResNet, block=_BasicBlock, blocks=(3, 4, 6, 3)),
-    "wrn_28_10": partial(ResNet, block=_PreActivationBlock, blocks=(4, 4, 4), widths=(16, 160, 320, 640)),
+    "preact_resnet18": partial(ResNet, block=PreActivationBlock, blocks=(2, 2, 2, 2)),
+    "preact_resnet18_w16": partial(ResNet, block=PreActivationBlock, blocks=(2, 2, 2, 2), widths=(16, 16, 32, 64, 128)),
+    "resnet18": partial(ResNet, block=BasicBlock, blocks=(2, 2, 2, 2)),
+    "resnet34": partial(ResNet, block=BasicBlock, blocks=(3, 4, 6, 3)),
+    "wrn_28_10": partial(ResNet, block=PreActivationBlock, blocks=(4, 4, 4), widths=(16, 160, 320, 640)),
 }
 
 
@@ -218,48 +214,3 @@ def nonfinite(weights: Mapping[str, Any]) -> str:
 def place(model: nn.Module, device: str | torch.device) -> nn.Module:
     """The model on a device; colour networks with channels last, the layout that convolutions of many channels want."""
     return model.to(device, memory_format=torch.preserve_format if isinstance(model, LeNet5) else torch.channels_last)
-
-
-def layout(model: nn.Module) -> torch.memory_format:
-    """The layout of the images that this model is fastest with: that of its convolutions' weights."""
-    last = any(weight.ndim == 4 and not weight.is_contiguous() for weight in model.parameters())
-    return torch.channels_last if last else torch.preserve_format
-
-
-def intact(model: nn.Module) -> bool:
-    """Whether no part of the model has a hook, or a ``forward`` of its own."""
-    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
-    return not any("forward" in vars(part) or any(getattr(part, kind) for kind in hooks) for part in model.modules())
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy that computes the same in eval mode, but for rounding, with less batch normalisation; for attacks.
-
-    Where one follows a convolution of a `ResNet` it becomes part of its weights. Any other model, and one whose layers
-    were replaced, pruned or reparametrised, comes back as it is.
-    """
-    if type(model) is not ResNet or not intact(model) or not {type(part) for part in model.modules()} <= _OWN:
-        return model
-    copied = copy.deepcopy(model)
-    for part in list(copied.modules()):
-        for before, after in _FOLDED.get(type(part), ()):
-            names = dict(part.named_children())
-            if before in names and after in names and isinstance(names[after], nn.BatchNorm2d):
-                _fold(names[before], names[after])
-                setattr(part, after, nn.Identity())
-    return copied
-
-
-_OWN = {ResNet, _BasicBlock, _PreActivationBlock, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Linear}
-_FOLDED = {  # a part's convolutions, and the batch normalisation that follows each
-    ResNet: (("stem", "stem_bn"),),
-    _BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
-    _PreActivationBlock: (("conv1", "bn2"),),
-    nn.Sequential: (("0", "1"),),  # a shortcut
-}
-
-
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-    weights = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
-    convolution.weight, convolution.bias = weights

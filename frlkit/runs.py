@@ -1,4 +1,4 @@
-"""A run's folder: start, go on, finish, reload, verify; a study is many of them.
+"""A run's folder: start, go on, finish, reload, verify.
 
 RUNS/DATASET/RECIPE/seedN holds ``checkpoint.pt`` after every epoch of a run, and of a finished one
 ``weights.safetensors``, ``history.json``, ``record.json`` and ``outcomes.npz``.
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ from tqdm.auto import tqdm
 from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training, watched
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
-from frlkit.recipes import OWN, Config, FairConfig, configure, described, spelled, start_of
+from frlkit.recipes import OWN, Config, FairConfig, described, spelled, start_of
 
 WEIGHTS = "weights.safetensors"
 FILES = (WEIGHTS, "history.json", records.OUTCOMES, "record.json")  # the record makes a run finished: it comes last
-
-Records = dict[str, list[dict[str, Any]]]  # recipe -> one per seed
 
 
 def folder(runs: Path, recipe: str, config: Config) -> Path:
@@ -238,40 +236,6 @@ def load(place: Path, config: Config, device: str | torch.device = "cpu") -> nn.
     model, found = read_weights(place / WEIGHTS)
     checkpoint.refuse_other(place, found, described(config))
     return models.place(model, device)
-
-
-def study(
-    recipes: Sequence[str], seeds: Sequence[int], dataset: str, runs: Path, tensors: Dataset | None, **values: Any
-) -> tuple[Records, Records]:
-    """Every recipe under every seed: test records and training histories, recipe -> one per seed.
-
-    Finished runs under `runs` are reloaded, missing ones trained. Where there are no data (`tensors` is None) the
-    finished runs' records are all there is: one that is missing, or belongs to another configuration, is refused.
-    """
-    found: Records = {recipe: [] for recipe in recipes}
-    histories: Records = {recipe: [] for recipe in recipes}
-    for recipe in recipes:
-        for seed in seeds:
-            config = configure(recipe, dataset, seed, **values)
-            place = folder(runs, recipe, config)
-            if tensors is not None:
-                run(config, tensors, place)
-            found[recipe].append(records.read(place / "record.json"))
-            histories[recipe].append(records.read_history(place / "history.json"))
-            for kept in (found, histories):
-                checkpoint.refuse_other(place, kept[recipe][-1].get("config", {}), described(config))
-    return found, histories
-
-
-def recheck(found: Records, recipe: str, runs: Path, tensors: Dataset, **values: Any) -> float:
-    """Attack the first seed's weights again, here and now, with `standard`'s attacks: the largest class-wise difference
-    from the record."""
-    record = found[recipe][0]
-    config = configure(recipe, tensors.name, record["config"]["seed"], **values)
-    model = load(folder(runs, recipe, config), config, tensors.test.labels.device)
-    again = records.evaluate(model, tensors)
-    compared = [records.entry_of(record, entry["attack"]["eps_255"]) for entry in again["attacks"]]
-    return records.largest_difference({**record, "attacks": compared}, again)
 
 
 def finished(runs: Path) -> list[Path]:

@@ -70,9 +70,11 @@ def test_only_notebooks_and_reproduce_import_notebook() -> None:
     assert {room for room, paths in modules().items() for path in paths if "notebook" in imports(path)} <= {"reproduce"}
 
 
-@pytest.mark.parametrize(("wing", "questions"), [("kernels", {"fast", "describe"}), ("sources", {"read"})])
-def test_the_core_asks_a_wing_one_question(wing: str, questions: set[str]) -> None:
-    """`fast` in the attacks, and for records `describe`; `read` in `data.load`; nothing else."""
+@pytest.mark.parametrize(
+    ("wing", "questions"), [("kernels", {"fast", "describe", "folded", "layout"}), ("sources", {"read"})]
+)
+def test_the_core_asks_a_wing_few_questions(wing: str, questions: set[str]) -> None:
+    """`fast`, `folded` and `layout` in the attacks, and for records `describe`; `read` in `data.load`; nothing else."""
     asked = set()
     for room, paths in modules().items():
         if room in WINGS:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frlkit import KitError, checkpoint, evaluation, models
+from frlkit import KitError, checkpoint, evaluation, kernels, models
 from frlkit.attacks import pgd
 from frlkit.audit.weights import load_weights
 
@@ -189,10 +189,10 @@ class TestColourNetworks:
     @pytest.mark.parametrize("name", ["cnn3", "preact_resnet18_w16", "lenet5"])
     def test_channels_last_changes_no_weight_and_no_file(self, name: str) -> None:
         plain, placed = (models.build(name, seed=3) for _ in range(2))
-        assert models.layout(models.place(placed, "cpu")) is (
+        assert kernels.layout(models.place(placed, "cpu")) is (
             torch.preserve_format if name == "lenet5" else torch.channels_last
         )
-        assert models.layout(plain) is torch.preserve_format
+        assert kernels.layout(plain) is torch.preserve_format
         assert checkpoint.digest(dict(plain.state_dict())) == checkpoint.digest(dict(placed.state_dict()))
 
 
@@ -216,7 +216,7 @@ class TestFolded:
     def test_computes_the_same_with_fewer_layers(self, name: str, left: int) -> None:
         model = trained(name)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        folded = models.folded(model)
+        folded = kernels.folded(model)
         assert sum(isinstance(part, nn.BatchNorm2d) for part in folded.modules()) == left
         torch.testing.assert_close(folded(self.x), model(self.x), rtol=1e-3, atol=1e-4)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -227,7 +227,7 @@ class TestFolded:
         nn.utils.parametrizations.weight_norm(pruned.stem)
         replaced.blocks[0] = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Dropout())
         for model in (lenet, hooked, pruned, replaced):
-            assert models.folded(model) is model
+            assert kernels.folded(model) is model
 
     def test_an_attack_sees_no_difference(self) -> None:
         model, y = trained("preact_resnet18_w16"), torch.tensor([1, 2])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from frlkit import PROJECT, KitError
+from frlkit import PROJECT, KitError, training
+from frlkit.data import Dataset
 from frlkit.recipes import configure, described
 from frlkit.report import names, studies
 
@@ -85,3 +87,59 @@ def test_outcomes_of_the_seeds_that_both_kept(tmp_path: Path) -> None:
 def test_shipped_base_runs_are_found() -> None:
     found, _ = studies.finished(["PGD-AT", "TRADES"], range(5), "fashion_mnist", SHIPPED, **LENGTHS)
     assert [len(seeds) for seeds in found.values()] == [5, 5]
+
+
+class TestStudy:
+    LENGTHS = {"epochs": 1, "frl_epochs": 0, "batch_size": 100}
+
+    @pytest.fixture
+    def place(self, tiny: Dataset, tmp_path: Path) -> Path:
+        """Two finished runs."""
+        self.study(tmp_path, tiny)
+        return tmp_path
+
+    def study(self, place: Path, tensors: Dataset | None, *seeds: int, titles: Sequence[str] = ("natural",)) -> Any:
+        return studies.study(titles, seeds or (0, 1), "digits", place, tensors, **self.LENGTHS)
+
+    def test_without_data_the_records_are_read(self, place: Path) -> None:
+        records, histories = self.study(place, None)
+        assert list(records) == list(histories) == ["natural"]
+        for seed in (0, 1):
+            run = place / "digits" / "natural" / f"seed{seed}"
+            assert records["natural"][seed] == json.loads((run / "record.json").read_text(encoding="utf-8"))
+            assert histories["natural"][seed] == json.loads((run / "history.json").read_text(encoding="utf-8"))
+            assert records["natural"][seed]["config"]["seed"] == seed
+        weights = [record["weights_sha256"] for record in records["natural"]]
+        assert weights[0] != weights[1]
+
+    def test_a_run_of_another_configuration_is_refused(self, place: Path, tiny: Dataset) -> None:
+        with pytest.raises(KitError, match="epochs is 1 there and 2 here"):
+            studies.study(["natural"], [0], "digits", place, tiny, **{**self.LENGTHS, "epochs": 2})
+
+    def test_a_history_of_another_configuration_is_refused(self, place: Path, tiny: Dataset) -> None:
+        path = place / "digits" / "natural" / "seed0" / "history.json"
+        history = json.loads(path.read_text(encoding="utf-8"))
+        history["config"]["lr"] = 0.5
+        path.write_text(json.dumps(history), encoding="utf-8")
+        with pytest.raises(KitError, match=r"lr is 0\.5 there"):
+            self.study(place, tiny)
+
+    def test_a_record_without_a_configuration_is_left_out(self, place: Path) -> None:
+        (place / "digits" / "natural" / "seed0" / "record.json").write_text("{}\n", encoding="utf-8")
+        records, _ = self.study(place, None)
+        assert [record["config"]["seed"] for record in records["natural"]] == [1]
+
+    def test_finished_runs_are_not_trained_again(
+        self, place: Path, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trained: list[int] = []
+        straight: Callable[..., Any] = training.train_epoch
+
+        def train_epoch(*arguments: Any, **names: Any) -> Iterator[tuple[int, float]]:
+            trained.append(arguments[3].seed)
+            yield from straight(*arguments, **names)
+
+        monkeypatch.setattr(training, "train_epoch", train_epoch)
+        records, _ = self.study(place, tiny, 0, 1, 2)
+        assert trained == [2]
+        assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]

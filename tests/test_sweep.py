@@ -23,6 +23,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from frlkit import PROJECT, KitError, data, recipes, records, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
+from frlkit.report import studies
 from frlkit.report.names import METHODS, TRIALS
 from frlkit.scale import clusters, sweeps
 from frlkit.scale.sweeps import Run
@@ -454,8 +455,8 @@ def test_a_notebook_reads_what_a_sweep_made(serial: Path, digits: Dataset, monke
         raise AssertionError("trained again")
 
     monkeypatch.setattr(training, "train_epoch", train_epoch)
-    values = {"epochs": 8, "batch_size": 100}
-    records, _ = runs.study(["natural"], [0, 1, 2], "digits", serial, digits, **values)
+    lengths = {"epochs": 8, "frl_epochs": 0, "batch_size": 100}
+    records, _ = studies.study(["natural"], [0, 1, 2], "digits", serial, digits, **lengths)
     assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -681,71 +681,3 @@ def test_killed_in_the_middle_of_an_epoch(
     assert "epoch 2/3" in said
     runs.run(config, tiny, tmp_path / "straight")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
-
-
-@pytest.mark.usefixtures("unwatched")
-class TestStudy:
-    VALUES = {"epochs": 1, "batch_size": 100}
-
-    @pytest.fixture
-    def finished(self, tiny: Dataset, tmp_path: Path) -> Path:
-        runs.study(["natural"], [0, 1], "digits", tmp_path, tiny, **self.VALUES)
-        return tmp_path
-
-    def read(self, place: Path, **change: Any) -> Any:
-        arguments: dict[str, Any] = {"recipes": ["natural"], "seeds": [0, 1], "dataset": "digits"}
-        arguments.update({**self.VALUES, **change})
-        return runs.study(runs=place, tensors=None, **arguments)
-
-    def test_without_data_the_records_are_read(self, finished: Path) -> None:
-        records, histories = self.read(finished)
-        assert list(records) == list(histories) == ["natural"]
-        for seed in (0, 1):
-            place = finished / "digits" / "natural" / f"seed{seed}"
-            assert records["natural"][seed] == json.loads((place / "record.json").read_text())
-            assert histories["natural"][seed] == json.loads((place / "history.json").read_text())
-            assert records["natural"][seed]["config"]["seed"] == seed
-        weights = [record["weights_sha256"] for record in records["natural"]]
-        assert weights[0] != weights[1]
-
-    def test_missing_runs_are_refused(self, finished: Path) -> None:
-        with pytest.raises(KitError, match="seed2"):
-            self.read(finished, seeds=[0, 2])
-        with pytest.raises(KitError, match="trades"):
-            self.read(finished, recipes=["natural", "trades"])
-        (finished / "digits" / "natural" / "seed1" / "history.json").unlink()
-        with pytest.raises(KitError, match=r"history\.json"):
-            self.read(finished)
-
-    def test_a_run_of_another_configuration_is_refused(self, finished: Path) -> None:
-        with pytest.raises(KitError, match="epochs is 1 there and 2 here"):
-            self.read(finished, epochs=2)
-
-    def test_a_record_without_a_configuration_is_refused(self, finished: Path) -> None:
-        path = finished / "digits" / "natural" / "seed0" / "record.json"
-        path.write_text("{}\n")
-        with pytest.raises(KitError, match="seed0"):
-            self.read(finished)
-
-    def test_a_history_of_another_configuration_is_refused(self, finished: Path) -> None:
-        path = finished / "digits" / "natural" / "seed0" / "history.json"
-        history = json.loads(path.read_text())
-        history["config"]["lr"] = 0.5
-        path.write_text(json.dumps(history))
-        with pytest.raises(KitError, match=r"lr is 0\.5 there"):
-            self.read(finished)
-
-    def test_finished_runs_are_not_trained_again(
-        self, finished: Path, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        trained: list[int] = []
-        straight: Callable[..., Any] = training.train_epoch
-
-        def train_epoch(*arguments: Any, **names: Any) -> Iterator[tuple[int, float]]:
-            trained.append(arguments[3].seed)
-            yield from straight(*arguments, **names)
-
-        monkeypatch.setattr(training, "train_epoch", train_epoch)
-        records, _ = runs.study(["natural"], [0, 1, 2], "digits", finished, tiny, **self.VALUES)
-        assert trained == [2]
-        assert [record["config"]["seed"] for record in records["natural"]] == [0, 1, 2]

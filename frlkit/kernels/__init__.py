@@ -1,8 +1,9 @@
-"""LeNet-5, fast: two ways to the numbers of its plain layers, for attacks and for training.
+"""Networks, fast: for LeNet-5 two ways to the numbers of its plain layers, for attacks and for training.
 
 `native` is C++ for one CPU, `cells` PyTorch rearranged for any device. Each has ``forward(model, images)``, the logits
 with their gradients, and ``pgd``, all steps of an attack; `fast` says which of them serves a model. The core calls
-`fast` alone, and what it calls is never needed: where neither serves, the model's own layers run.
+`fast` for one, and what it calls is never needed: where neither serves, the model's own layers run. Colour networks are
+`folded` for an attack, whose images have their `layout`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import nn
 
 from frlkit import KitError
 from frlkit.kernels import cells, native
+from frlkit.kernels.colour import folded, layout
+
+__all__ = ["available", "describe", "fast", "folded", "layout"]
 
 
 def fast(model: nn.Module, image_gradient: bool = False) -> ModuleType | None:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit.models import LeNet5, check_images, intact
+from frlkit.models import LeNet5, check_images
 
 LAYERS = {"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv3": nn.Conv2d, "fc1": nn.Linear, "fc2": nn.Linear}
 
@@ -41,11 +41,15 @@ torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 sigmoid_backward = torch.ops.aten.sigmoid_backward  # (g, s) -> g s (1 - s), in one pass
 
 
+def intact(model: nn.Module) -> bool:
+    """Whether no part of the model has a hook, or a ``forward`` of its own."""
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return not any("forward" in vars(part) or any(getattr(part, kind) for kind in hooks) for part in model.modules())
+
+
 def serves(model: nn.Module) -> bool:
     """Whether it is a LeNet-5 as its class builds it: no layer replaced, pruned or reparametrised, no hook on any."""
-    if type(model) is not LeNet5:
-        return False
-    if not intact(model):
+    if type(model) is not LeNet5 or not intact(model):
         return False
     for name, kind in LAYERS.items():
         layer = getattr(model, name, None)

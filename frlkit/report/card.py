@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from frlkit import KitError, checkpoint
+from frlkit import KitError, checkpoint, took
 from frlkit.evaluation import Attack
 from frlkit.report import card_figures as draw
 from frlkit.report import names, statistics
-from frlkit.report.pages import TEMPLATES, took
+from frlkit.report.pages import TEMPLATES
 
 FILE = "card.html"
 LEVEL = 0.05
@@ -190,19 +190,17 @@ def _established(audit: Mapping[str, Any], found: Mapping[str, Any], called: Seq
             f"That {called[hardest['class']]} is the hardest class under attack is established: the distance to every "
             f"other class is more than chance ({size})."
         )
-    few, more = rivals[:4], len(rivals) - 4
-    listed = ", ".join(few) + (f" and {more} more" if more > 0 else "")
+    listed = ", ".join(rivals[:4]) + (f" and {len(rivals) - 4} more" if len(rivals) > 4 else "")
     of = min(audit["labels_per_class"])
     return (
-        f"Which class is hardest attacked is not established: {called[hardest['class']]} has the largest error, but "
-        f"on so many images ({of} or more a class) it cannot be told from {listed}."
+        f"Which class is hardest under attack is not established: {called[hardest['class']]} has the largest error, "
+        f"but on so many images ({of} or more a class) it cannot be told from {listed}."
     )
 
 
 def _gap(spread: Mapping[str, Mapping[str, float]]) -> str:
     before, after = spread["natural"]["range"], spread["robust"]["range"]
-    way = "widens" if after > before else "narrows" if after < before else "leaves"
-    moved = f"{way} this gap to" if way != "leaves" else "leaves it at"
+    moved = "widens this gap to" if after > before else "narrows this gap to" if after < before else "leaves it at"
     return (
         f"Between the hardest and the easiest class lie {100 * before:.1f} points on clean images; the attack {moved} "
         f"{100 * after:.1f}. The Gini coefficient, 0 where all classes err alike, is {spread['natural']['Gini']:.2f} "
@@ -214,11 +212,10 @@ def _taken(found: Mapping[str, Any], called: Sequence[str]) -> str:
     if not found["pairs"]:
         return "The attack fools no image, so no class is taken for another."
     first, sink = found["pairs"][0], int(np.argmax(found["receives"]))
+    source, target, all_told = called[first["source"]], called[first["target"]], percent(found["receives"][sink])
     return (
-        f"Under attack {called[first['source']]} is taken for {called[first['target']]} in "
-        f"{percent(first['share'])} of "
-        f"its images, more than for any other pair; {called[sink]} receives {percent(found['receives'][sink])} of all "
-        "mistakes."
+        f"Under attack {source} is taken for {target} in {percent(first['share'])} of its images, more than for any "
+        f"other pair; {called[sink]} receives {all_told} of all mistakes."
     )
 
 

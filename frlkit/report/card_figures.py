@@ -56,7 +56,7 @@ def label(name: str, number: int) -> str:
 
 
 def class_bars(audit: Mapping[str, Any], order: Sequence[int], intervals: Sequence[tuple[float, float]]) -> Any:
-    """Natural plus boundary error is the robust error: a bar a class, hardest first, with the latter's interval."""
+    """Natural plus boundary error is the robust error: a bar a class, hardest first, with its interval."""
 
     def draw(scheme: str) -> Figure:
         ink, _, _, natural_colour, boundary_colour, *_ = SCHEMES[scheme]
@@ -116,7 +116,7 @@ def _ticks(axis: Axes, class_names: Sequence[str]) -> None:
 
 
 def lines(audit: Mapping[str, Any], x: Sequence[float], robust: Any, ticks: Sequence[str], title: str) -> Any:
-    """A line a class over radii or rungs, `robust` (len(x), C) as fractions; three hardest and the easiest named."""
+    """A line a class over radii or rungs, `robust` (len(x), C) as fractions; hardest three and easiest named."""
 
     def draw(scheme: str) -> Figure:
         ink, _, line, _, boundary, hard, easy, _ = SCHEMES[scheme]
@@ -174,10 +174,9 @@ def compared(audits: Sequence[Mapping[str, Any]], order: Sequence[int]) -> Any:
         for number, (audit, values) in enumerate(zip(audits, errors, strict=True)):
             colour = ink if not number else colours[(number - 1) % len(colours)]
             style = {"marker": "|osD^v<>"[number % 8], "markersize": 9 if not number else 5, "linestyle": ""}
+            style |= {"color": colour, "label": label(audit["title"], number), "markeredgewidth": 1.5}
             apart = 0.12 * (number - (len(audits) - 1) / 2)  # marks of equal errors stay visible
-            axis.plot(
-                values, rows + apart, color=colour, label=label(audit["title"], number), markeredgewidth=1.5, **style
-            )
+            axis.plot(values, rows + apart, **style)
         axis.set(xlim=(0, 100), xlabel="robust error (%)", ylim=(len(shown) - 0.4, -0.6))
         axis.set_yticks(rows, [label(audits[0]["class_names"][k], k) for k in shown])
         axis.grid(axis="x")

@@ -90,29 +90,24 @@ def class_curves(seeds: Sequence[Mapping[str, Any]], class_names: Sequence[str],
     weights and radii that were trained with last in it.
     """
     names = [figures.literal(plain(name)) for name in class_names]
-    recipe, taus = {"": seeds}, PAPER_TAU
-    excess = {kind: np.mean([_by_class(history, kind) for history in seeds], axis=0) for kind in taus}
+    excess = {kind: np.mean([_by_class(history, kind) for history in seeds], axis=0) for kind in PAPER_TAU}
+    panels = {
+        **{f"{kind} error above average": values for kind, values in excess.items()},
+        "multiplier φ, natural": _state(seeds, "weights_nat", lambda w, _: w - w.min(axis=1, keepdims=True)),
+        "multiplier φ, boundary": _state(seeds, "weights_bdy", lambda w, _: w - w.min(axis=1, keepdims=True)),
+        "radius in training (1/255)": _state(seeds, "radius_factors", lambda w, config: w * config["eps_255"]),
+    }
     figure, axes = plt.subplots(1, 5, figsize=(18, 4.4), layout="constrained")
     axes[1].sharey(axes[0])
     axes[3].sharey(axes[2])
     colours = sns.color_palette("tab10" if len(names) <= 10 else "husl", len(names))
-    lines = [(axes[place], excess[kind], f"{kind} error above average") for place, kind in enumerate(taus)]
-    for axis, field, heading in (
-        (axes[2], "weights_nat", "multiplier φ, natural"),
-        (axes[3], "weights_bdy", "multiplier φ, boundary"),
-    ):
-        lines.append((axis, _state(seeds, field, lambda w, _: w - w.min(axis=1, keepdims=True)), heading))
-    radii = _state(seeds, "radius_factors", lambda w, config: w * config["eps_255"])
-    lines.append((axes[4], radii, "radius in training (1/255)"))
-    for axis, values, heading in lines:
-        for number, name in enumerate(names):
-            first = len(seeds[0]["epochs"]) + 1 - len(values)
-            axis.plot(range(first, first + len(values)), values[:, number], color=colours[number], label=name)
-        axis.set(title=heading, xlabel="epoch", ylabel="points" if "above" in heading else "")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-    for axis, kind in zip(axes, taus, strict=False):
-        _tolerances(axis, _taus(recipe, kind) or {taus[kind]})
+    for axis, (heading, values) in zip(axes, panels.items(), strict=True):
+        first = len(seeds[0]["epochs"]) + 1 - len(values)
+        for name, colour, line in zip(names, colours, values.T, strict=True):
+            axis.plot(range(first, first + len(values)), line, color=colour, label=name)
+        _by_epoch(axis, heading, "points" if "above" in heading else "")
+    for axis, (kind, tau) in zip(axes, PAPER_TAU.items(), strict=False):
+        _tolerances(axis, _taus({"": seeds}, kind) or {tau})
     figure.legend(*axes[4].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False)
     count = len(seeds)
     figures.heading(figure, note, "validation split", f"mean over {count} seeds" if count > 1 else "one seed")
@@ -150,10 +145,14 @@ def _line(axis: Axes, frame: pd.DataFrame, column: str, heading: str, unit: str)
     spread = "sd" if frame.groupby("recipe")["seed"].nunique().max() > 1 else None
     style = {"hue": "recipe", "style": "recipe", "errorbar": spread, "palette": "colorblind"}
     sns.lineplot(frame, x="epoch", y=column, ax=axis, **style)
-    axis.set(title=heading, ylabel=unit)
+    _by_epoch(axis, heading, unit)
+    axis.get_legend().remove()
+
+
+def _by_epoch(axis: Axes, heading: str, unit: str) -> None:
+    axis.set(title=heading, xlabel="epoch", ylabel=unit)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
-    axis.get_legend().remove()
 
 
 def _taus(histories: Histories, kind: str) -> set[float]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from frlkit import KitError, records, runs
+from frlkit import KitError, checkpoint, records, runs
 from frlkit.data import Dataset
 from frlkit.recipes import BASE, RECIPES, configure, described
 from frlkit.report import names
-from frlkit.runs import Records
+
+Records = dict[str, list[dict[str, Any]]]  # recipe -> one per seed
 
 
 def values(recipe: str, epochs: int, frl_epochs: int, batch_size: int, model: str = "") -> dict[str, Any]:
@@ -53,9 +54,20 @@ def study(
             raise KitError(f"there is no finished run of {missing[0]} ({dataset}) in {folder}, and no data to train it")
         return found, histories
     for recipe in map(names.recipe, titles):
-        kept, told = runs.study([recipe], seeds, dataset, folder, tensors, **values(recipe, **lengths))
-        found, histories = {**found, **kept}, {**histories, **told}
+        for seed in seeds:
+            config = configure(recipe, dataset, seed, **values(recipe, **lengths))
+            place = runs.folder(folder, recipe, config)
+            runs.run(config, tensors, place)
+            record, history = _results(place)
+            for result in (record, history):
+                checkpoint.refuse_other(place, result.get("config", {}), described(config))
+            found.setdefault(recipe, []).append(record)
+            histories.setdefault(recipe, []).append(history)
     return found, histories
+
+
+def _results(place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return records.read(place / "record.json"), records.read_history(place / "history.json")
 
 
 def finished(
@@ -71,8 +83,7 @@ def finished(
         for seed in seeds:
             try:
                 config = configure(recipe, dataset, seed, **values(recipe, **lengths))
-                place = runs.folder(folder, recipe, config)
-                record, history = records.read(place / "record.json"), records.read_history(place / "history.json")
+                record, history = _results(runs.folder(folder, recipe, config))
             except KitError:
                 continue
             if record.get("config") == history.get("config") == described(config):
@@ -103,5 +114,11 @@ def outcomes(
 
 
 def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengths: Any) -> float:
-    """Attack the first seed's weights again, here and now: the largest class-wise difference from the record."""
-    return runs.recheck(found, recipe, folder, tensors, **values(recipe, **lengths))
+    """Attack the first seed's weights again, here and now, with `standard`'s attacks: the largest class-wise difference
+    from the record."""
+    record = found[recipe][0]
+    config = configure(recipe, tensors.name, record["config"]["seed"], **values(recipe, **lengths))
+    model = runs.load(runs.folder(folder, recipe, config), config, tensors.test.labels.device)
+    again = records.evaluate(model, tensors)
+    compared = [records.entry_of(record, entry["attack"]["eps_255"]) for entry in again["attacks"]]
+    return records.largest_difference({**record, "attacks": compared}, again)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,16 @@ DIGITS = (
 GREY, COLOUR = (SIZE, 1), (SIZE, 3)  # side in pixels and channels
 
 
+@contextlib.contextmanager
+def _refused(kind: type[KitError], what: str, fix: str) -> Iterator[None]:
+    """Torchvision, silent; whatever it raises, from no network to a file cut short, becomes one sentence."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except Exception as error:
+        raise kind(f"{what} ({images.first_line(error)}): {fix}") from None
+
+
 def _idx(name: str, class_names: tuple[str, ...], counts: tuple[Sequence[int], Sequence[int]]) -> Source:
     """Fashion-MNIST or MNIST, 60,000 + 10,000 images, 28x28 enlarged to 32x32 as the report did."""
     import torchvision
@@ -54,18 +64,11 @@ def _idx(name: str, class_names: tuple[str, ...], counts: tuple[Sequence[int], S
         f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     )
     if not all((folder / name / "raw" / file).exists() for file in wanted):
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                kind(str(folder), download=True)
-        except Exception as error:  # no network, no disk, a mirror's nonsense: whatever it is, there are no data
-            raise DataUnavailableError(
-                f"{name} is not in {folder} ({name}/raw/*-ubyte) and cannot be downloaded "
-                f"({images.first_line(error)}): set FRLKIT_DATA to a folder that has it"
-            ) from None
-    try:
+        missing = f"{name} is not in {folder} ({name}/raw/*-ubyte) and cannot be downloaded"
+        with _refused(DataUnavailableError, missing, "set FRLKIT_DATA to a folder that has it"):
+            kind(str(folder), download=True)
+    with _refused(KitError, f"{name} in {folder} is damaged", f"delete {name}/raw there"):
         parts = [kind(str(folder), train=train) for train in (True, False)]
-    except Exception as error:  # torchvision's reader checks nothing: a file cut short can raise anything
-        raise KitError(f"{name} in {folder} is damaged ({images.first_line(error)}): delete {name}/raw there") from None
     for part, count in zip(parts, counts, strict=True):
         if part.data.shape != (sum(count), 28, 28) or part.targets.bincount().tolist() != list(count):
             raise KitError(f"{name} in {folder} is not the original ({sum(count)} images): delete {name}/raw")
@@ -106,18 +109,11 @@ def _torchvision(name: str, splits: Sequence[dict[str, Any]], read: Callable[[An
     import torchvision
 
     kind, folder = getattr(torchvision.datasets, name), root()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            parts = [kind(str(folder), download=True, **split) for split in splits]
-    except Exception as error:  # no network, no disk, a mirror's nonsense: whatever it is, there are no data
-        raise DataUnavailableError(
-            f"{name} is not complete in {folder} and cannot be downloaded ({images.first_line(error)}): "
-            f"put its archive there, or set FRLKIT_DATA to a folder that has it"
-        ) from None
-    try:
+    missing = f"{name} is not complete in {folder} and cannot be downloaded"
+    with _refused(DataUnavailableError, missing, "put its archive there, or set FRLKIT_DATA to a folder that has it"):
+        parts = [kind(str(folder), download=True, **split) for split in splits]
+    with _refused(KitError, f"{name} in {folder} is damaged", "delete it there"):
         return dict(zip(("train", "test"), map(read, parts), strict=True))
-    except Exception as error:
-        raise KitError(f"{name} in {folder} is damaged ({images.first_line(error)}): delete it there") from None
 
 
 def _cifar10() -> Source:
