@@ -151,16 +151,16 @@ def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
 @click.argument("target", type=click.Path(path_type=Path), metavar="FOLDER_OR_WEIGHTS")
 @click.option("--eps", type=float, default=8, show_default=True, help="Radius, in 1/255.")
 @click.option("--images", type=click.IntRange(1), help="The first so many test images. Default: all.")
-@click.option(
-    "--steps", type=int, default=0, show_default=True, help="Rounds of tightening the bounds of undecided images."
-)
+@click.option("--balanced", is_flag=True, help="The first of every class instead, equally many of each.")
+@click.option("--steps", type=int, default=0, show_default=True, help="Rounds of tightening undecided images' bounds.")
+@click.option("--seconds", type=float, default=0, help="For cutting up each image that is undecided then. Default: 0.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
 @click.option("--model", "model_name", default="lenet5", show_default=True, help="For a file of weights.")
 @click.option("--dataset", help="Default: the run's, or fashion_mnist.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def certify(
-    target: Path, eps: float, images: int | None, steps: int, out: Path | None, model_name: str, dataset: str | None,
-    device: str,
+    target: Path, eps: float, images: int | None, balanced: bool, steps: int, seconds: float, out: Path | None,
+    model_name: str, dataset: str | None, device: str,
 ) -> None:  # fmt: skip
     """Print, class by class, how many test images are verified, falsified by an attack, or undecided.
 
@@ -179,8 +179,8 @@ def certify(
     else:
         read = readings.read(target, dataset or "fashion_mnist", model_name, device=place)
         model, tensors = read.model, read.data
-    split = certification.first(tensors.test, images)
-    record = certification.certify(model.to(split.labels.device), split, eps, steps=steps, path=out)
+    split = certification.first(tensors.test, images, balanced)
+    record = certification.certify(model.to(split.labels.device), split, eps, steps=steps, seconds=seconds, path=out)
     click.echo(f"{target}: {len(split)} test images of {tensors.name} at {eps:g}/255, in %")
     click.echo(certification.summary(record, tensors.class_names).to_string())
     bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)

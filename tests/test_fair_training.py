@@ -28,6 +28,7 @@ from frlkit.recipes import Config, FairConfig
 
 QUICK = {"epochs": 3, "batch_size": 64, "steps": 2, "start_epochs": 1}
 RESUMED = ("algorithm1_reweight", "algorithm1_remargin", "algorithm1_both", "official_both", "report_remargin")
+RESUMED += ("certified_reweight,start=pgd_at,ramp=0.5",)
 RESUMED += ("baseline_reweight", "dafa", "report_reweight,validation=0.1,update_images=28,smoothing=0.5,updates=2")
 
 

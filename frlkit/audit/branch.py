@@ -60,12 +60,12 @@ class Root(NamedTuple):
 def decide(model: nn.Module, x: Tensor, y: Tensor, eps: float, seconds: float) -> tuple[float, bool]:
     """A lower bound of the image's smallest margin after at most about so many seconds; and whether it is falsified.
 
-    x is (1, channels, height, width) in [0, 1], y (1,) its label, eps a radius in [0, 1]. A positive bound verifies;
-    falsified means that an image of the ball was met which the model takes for another class.
+    x is (1, channels, height, width) in [0, 1], y (1,) its label, eps a radius in [0, 1]. The time starts when the
+    bounds over the whole ball stand. A positive bound verifies; falsified means that an image of the ball was met which
+    the model takes for another class.
     """
-    until = time.monotonic() + seconds
     found = crown.bounded(model, x, y, eps, FIT)
-    bounds = found.margins[0]
+    bounds, until = found.margins[0], time.monotonic() + seconds
     for other in bounds.argsort().tolist():  # the worst class first: where it stays open, the others do not matter
         if bounds[other] > 0:
             break

@@ -1,7 +1,8 @@
 """Certified class by class: every image verified, falsified, or undecided; the truth lies between.
 
 An attack finds images that are falsified, and so a lower bound of a class's robust error; CROWN verifies images, and
-one less their share is the certified error, an upper bound that no attack can ever exceed.
+one less their share is the certified error, an upper bound that no attack can ever exceed. What plain CROWN leaves
+undecided is taken up again with lines fitted to each bound (`steps`), then cut into pieces (`branch`, `seconds`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from torch import nn
 from tqdm.auto import tqdm
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from frlkit import KitError, checkpoint, evaluation, records, watched
 from frlkit.attacks import pgd
-from frlkit.audit import crown
+from frlkit.audit import branch, crown, ladder
 from frlkit.data import Split
 from frlkit.evaluation import Attack
 
@@ -38,10 +39,11 @@ class _Record(TypedDict):
     margins: list[float | None]
     steps: list[Annotated[int, Field(ge=0)] | None]
     seconds: Annotated[float, Field(ge=0)]
+    limits: NotRequired[list[Annotated[float, Field(ge=0)]]]  # seconds of cutting tried on each image
 
 
 def _same_images(record: dict[str, Any]) -> dict[str, Any]:
-    if len({len(record[key]) for key in ("labels", "verdicts", "margins", "steps")}) > 1:
+    if len({len(record[key]) for key in ("labels", "verdicts", "margins", "steps", "limits") if key in record}) > 1:
         raise ValueError("its lists do not have as many images each")
     return record
 
@@ -54,15 +56,20 @@ def attack(eps_255: float) -> Attack:
     return Attack(eps_255=eps_255, step_255=eps_255 / 8, steps=50, restarts=10, loss="margin")
 
 
-def first(split: Split, images: int | None) -> Split:
-    """The first so many images of a split, or all; raises `KitError` where there are fewer."""
+def first(split: Split, images: int | None, balanced: bool = False) -> Split:
+    """The first so many images of a split, or all; raises `KitError` where there are fewer.
+
+    `balanced`: the first of every class, equally many of each, class by class (`ladder.subset`).
+    """
+    if balanced:
+        return ladder.subset(split, images or len(split), split.classes or int(split.labels.max()) + 1)
     if images is not None and not 1 <= images <= len(split):
         raise KitError(f"images = {images} is not allowed: use 1 to {len(split)}, so many does this split have")
-    return Split(split.images[:images], split.labels[:images])
+    return Split(split.images[:images], split.labels[:images], classes=split.classes)
 
 
 def certify(
-    model: nn.Module, split: Split, eps_255: float, *, steps: int = 0, path: Path | None = None
+    model: nn.Module, split: Split, eps_255: float, *, steps: int = 0, seconds: float = 0.0, path: Path | None = None
 ) -> dict[str, Any]:
     """Decide every image of a split, as far as the effort goes; kept at `path`, image by image, and gone on with.
 
@@ -72,14 +79,15 @@ def certify(
     split : images and labels
     eps_255 : radius in 1/255
     steps : rounds of fitting the lines to each bound, on images that plain CROWN leaves undecided
+    seconds : time for cutting each image that is then still undecided into pieces, from when its first bounds stand
     path : JSON; where it holds the same weights, images and radius, only what less effort left undecided is done
 
     Returns
     -------
     dict
         Plain data: ``verdicts``, one of `VERDICTS` an image; ``margins``, the best lower bound of each image's smallest
-        margin, None where it was falsified; ``steps`` tried on it; ``seconds`` that the bounds took, all images
-        together; ``labels``; hashes of weights and images; ``attack``.
+        margin, None where it was falsified; ``steps`` tried on it, and ``limits``, seconds of cutting; ``seconds`` that
+        the bounds took, all images together; ``labels``; hashes of weights and images; ``attack``.
 
     Raises
     ------
@@ -88,11 +96,13 @@ def certify(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= 10**4:
         raise KitError(f"steps = {steps!r}: use a whole number from 0 to 10000")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 86400:
+        raise KitError(f"seconds = {seconds!r}: use a number from 0 to 86400, so many for each undecided image")
     if not len(split):
         raise KitError("the split has no images: there is nothing to certify")
-    crown.network(model)  # refuses what is not supported before any work
+    check(model, split)
     record = _begin(model, split, attack(eps_255), path)
-    left = [number for number in range(len(split)) if _is_open(record, number, steps)]
+    left = [number for number in range(len(split)) if _is_open(record, number, steps, seconds)]
     with tqdm(total=len(left), desc=f"certify at {eps_255:g}/255", unit="img", disable=not watched()) as bar:
         for start in range(0, len(split), CHUNK):
             rows = [number for number in left if start <= number < start + CHUNK]
@@ -103,12 +113,24 @@ def certify(
             for first in range(0, len(alive), BATCH):
                 batch = alive[first : first + BATCH]
                 _verify(model, split, record, batch, steps)
+                _keep(record, path)
+                for number in batch:
+                    if _is_open(record, number, 0, seconds):
+                        _cut(model, split, record, number, seconds)
+                        _keep(record, path)
                 bar.update(len(batch))
-                if path is not None:
-                    checkpoint.write_json(path, record)
+    _keep(record, path)
+    return record
+
+
+def check(model: nn.Module, split: Split) -> None:
+    """Refuse, before any work, a model that cannot be certified: `KitError` says why."""
+    crown.check_forward(crown.network(model), model, split.batch(slice(0, 1))[0])
+
+
+def _keep(record: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         checkpoint.write_json(path, record)
-    return record
 
 
 def _begin(model: nn.Module, split: Split, attack: Attack, path: Path | None) -> dict[str, Any]:
@@ -127,9 +149,10 @@ def _begin(model: nn.Module, split: Split, attack: Attack, path: Path | None) ->
     return {**about, "labels": split.labels.tolist(), **progress, "versions": records.versions()}
 
 
-def _is_open(record: dict[str, Any], number: int, steps: int) -> bool:
+def _is_open(record: dict[str, Any], number: int, steps: int, seconds: float = 0.0) -> bool:
     verdict = record["verdicts"][number]
-    return verdict is None or (verdict == UNDECIDED and record["steps"][number] < steps)
+    tried = record["limits"][number] if "limits" in record else 0.0
+    return verdict is None or (verdict == UNDECIDED and (record["steps"][number] < steps or tried < seconds))
 
 
 def _falsify(model: nn.Module, split: Split, record: dict[str, Any], start: int) -> None:
@@ -161,6 +184,38 @@ def _verify(model: nn.Module, split: Split, record: dict[str, Any], rows: Sequen
             record["verdicts"][number] = VERIFIED if margin > 0 else UNDECIDED
             record["margins"][number], record["steps"][number] = margin, effort
         record["seconds"] += time.perf_counter() - began
+
+
+def _cut(model: nn.Module, split: Split, record: dict[str, Any], number: int, seconds: float) -> None:
+    """Branch and bound on one image."""
+    began = time.perf_counter()
+    x, y = split.batch(slice(number, number + 1))
+    margin, is_fooled = branch.decide(model, x, y, record["attack"]["eps_255"] / 255, seconds)
+    margin = max(margin, record["margins"][number])
+    record["verdicts"][number] = FALSIFIED if is_fooled else VERIFIED if margin > 0 else UNDECIDED
+    record["margins"][number] = None if is_fooled else margin
+    record.setdefault("limits", [0.0] * len(split))[number] = float(seconds)
+    record["seconds"] += time.perf_counter() - began
+
+
+def bracket(
+    model: nn.Module, split: Split, eps_255: float, *, steps: int = 0, seconds: float = 0.0, path: Path | None = None
+) -> dict[str, Any]:
+    """What an audit keeps of `certify`: ``eps_255``, ``images``, and by class the shares of each of `VERDICTS`.
+
+    For a network that is not supported, {"not_supported": why}. Raises `KitError` where a class has no image.
+    """
+    try:
+        check(model, split)
+    except KitError as error:
+        return {"not_supported": str(error)}
+    record = certify(model, split, eps_255, steps=steps, seconds=seconds, path=path)
+    labels, verdicts = np.array(record["labels"]), np.array(record["verdicts"])
+    counts = np.bincount(labels, minlength=split.classes or 0)
+    if (counts == 0).any():
+        raise KitError(f"class {int(counts.argmin())} has no image in this split: nothing is certified there")
+    shares = {name: (np.bincount(labels, verdicts == name, len(counts)) / counts).tolist() for name in VERDICTS}
+    return {"eps_255": float(eps_255), "images": len(split), **shares}
 
 
 def summary(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:

@@ -1,29 +1,34 @@
 """A ladder of ever stronger attacks on the same images: clean, PGD-20, PGD-50 with restarts, AutoAttack.
 
-As in RobustBench, an image that one rung fools is not attacked again, so errors only grow down the ladder. Progress is
-kept image by image: an interrupted ladder goes on where it stood.
+As in RobustBench, an image that one rung fools is not attacked again, so errors only grow down the ladder. Beneath the
+last attack lies the certified error (`certify`), which no attack can exceed. Progress is kept image by image: an
+interrupted ladder goes on where it stood.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor, nn
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from frlkit import KitError, checkpoint, disk, evaluation, kernels, records
 from frlkit.attacks import evaluating, logits, pgd
+from frlkit.audit import crown
 from frlkit.data import Split
 from frlkit.evaluation import Attack
 
-CLEAN, AUTOATTACK = "clean", "AutoAttack (standard)"
+CLEAN, AUTOATTACK, CERTIFIED = "clean", "AutoAttack (standard)", "certified"
 CHUNK = 100  # images between two writes of the progress
+BOUNDED = 4  # and when they are bounded
 
 
 def _whole(record: dict[str, Any]) -> dict[str, Any]:
@@ -35,6 +40,10 @@ def _whole(record: dict[str, Any]) -> dict[str, Any]:
         raise KitError("its labels are not class by class, equally many of each")
     if len(fell) != len(labels) or not all(-1 <= number <= len(rungs) for number in fell):
         raise KitError(f"fell is not one number from -1 to {len(rungs)} for each of {len(labels)} images")
+    verified = record.get("verified", [None] * len(fell))
+    standing = [place == len(rungs) for place in fell]
+    if len(verified) != len(fell) or any(sure and not up for sure, up in zip(verified, standing, strict=True)):
+        raise KitError("verified is not one verdict an image, true only where no rung fooled the model")
     return record
 
 
@@ -46,6 +55,8 @@ class _Ladder(TypedDict):
     rungs: Annotated[list[str], Field(min_length=1)]
     labels: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     fell: list[int]
+    verified: NotRequired[list[bool | None]]
+    not_supported: NotRequired[str]
 
 
 _SCHEMA: TypeAdapter[Any] = TypeAdapter(Annotated[_Ladder, AfterValidator(_whole)])
@@ -104,6 +115,35 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
     return record
 
 
+def certify(model: nn.Module, split: Split, path: Path, *, steps: int = 0) -> dict[str, Any]:
+    """Bound the images that no rung of the finished ladder at `path` fooled (see `crown.margins`); kept there.
+
+    The record's ``verified`` holds true, false, or null (not yet bounded) for each image; where the network is not
+    supported, ``not_supported`` says why instead.
+    """
+    record = finished(path)
+    weights = checkpoint.digest(dict(model.state_dict()))
+    images = checkpoint.digest({"images": split.images, "labels": split.labels})
+    about = {"weights_sha256": weights, "images_sha256": images}
+    checkpoint.refuse_other(path, {key: record[key] for key in about}, about)
+    try:
+        crown.check_forward(crown.network(model), model, split.batch(slice(0, 1))[0])
+    except KitError as error:
+        record["not_supported"] = str(error)
+        checkpoint.write_json(path, record)
+        return record
+    standing = len(record["rungs"])
+    verified = record.setdefault("verified", [None if place == standing else False for place in record["fell"]])
+    left = [number for number, sure in enumerate(verified) if sure is None]
+    for part in (left[start : start + BOUNDED] for start in range(0, len(left), BOUNDED)):
+        x, y = split.batch(torch.tensor(part, device=split.labels.device))
+        found = crown.margins(model, x, y, record["eps_255"] / 255, steps).amin(1) > 0
+        for number, sure in zip(part, found.tolist(), strict=True):
+            verified[number] = sure
+        checkpoint.write_json(path, record)
+    return record
+
+
 def finished(path: Path) -> dict[str, Any]:
     """The record of a ladder that attacked all its images; raises `KitError` where there is none."""
     record = read(path)
@@ -113,13 +153,21 @@ def finished(path: Path) -> dict[str, Any]:
 
 
 def errors(record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Class-wise error (C,), as fractions, at each rung of a finished ladder."""
+    """Class-wise error (C,), as fractions, at each rung of a finished ladder, and the certified one if it is there."""
     labels, fell = np.array(record["labels"]), np.array(record["fell"])
+    at_rungs = {name: fell <= number for number, name in enumerate(record["rungs"])}
+    if "verified" in record:
+        at_rungs[CERTIFIED] = ~np.array([bool(sure) for sure in record["verified"]])
     classes = range(labels.max() + 1)
-    return {
-        name: np.array([(fell[labels == label] <= number).mean() for label in classes])
-        for number, name in enumerate(record["rungs"])
-    }
+    return {name: np.array([wrong[labels == label].mean() for label in classes]) for name, wrong in at_rungs.items()}
+
+
+def table(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
+    """Errors in %, a row a rung and a column a class; beneath, the certified errors, or that they are not supported."""
+    rows = {name: (100 * found).round(1).tolist() for name, found in errors(record).items()}
+    if "not_supported" in record:
+        rows[CERTIFIED] = ["not supported"] * len(class_names)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(class_names))
 
 
 def _fell(model: nn.Module, x: Tensor, y: Tensor, eps_255: float, start: int) -> Tensor:
