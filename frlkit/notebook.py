@@ -73,6 +73,11 @@ PARAMETERS: dict[str, Any] = {
     "IMAGES": Annotated[int, Field(ge=1, le=10**6)],
     "RADII": Annotated[list[Annotated[float, Field(gt=0, le=255)]], AfterValidator(_distinct)],
     "ROUNDS": Annotated[int, Field(ge=0, le=100)],
+    "WEIGHTS": str,
+    "MODEL": str,
+    "DATA": Annotated[str, PlainValidator(_data_set)],  # of one's own model: no profile sets it
+    "RETRAIN_SEEDS": Seeds,
+    "RETRAIN_EPOCHS": Annotated[int, Field(ge=0, le=1000)],
     "SEED": Annotated[int, Field(ge=0, le=10**6)],
     "SAMPLES": Annotated[int, Field(ge=1000, le=10**6)],
     "GD_STEPS": Annotated[int, Field(ge=10, le=10**5)],
