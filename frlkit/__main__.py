@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,7 +24,7 @@ def main(quiet: bool) -> None:
     """
 
 
-for command in (commands.audit, commands.evaluate, commands.certify):
+for command in (commands.audit, commands.evaluate, commands.fairer, commands.certify):
     main.add_command(command)
 
 
@@ -82,33 +83,46 @@ def address(url: str) -> None:
 
 @main.command(short_help="Train and evaluate a recipe, resuming what is there.")
 @click.argument("recipe", type=Choice(names_of("recipes", "RECIPES"), "RECIPE,FIELD=VALUE"), metavar="RECIPE")
-@DATA
+@click.option("--start", type=click.Path(path_type=Path), help="A retraining goes on from this file of weights.")
+@click.option("--model", default="", help="With --start: see frlkit audit, as for the next six.")
+@commands.READING
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
 @click.option("--epochs", type=int, help="Default: the recipe's own.")
 @click.option("--batch-size", type=int, default=100, show_default=True)
 @RUNS
 @DEVICE
 def train(
-    recipe: str, dataset: str, seeds: tuple[int, ...], epochs: int | None, batch_size: int, runs: Path, device: str
-) -> None:
+    recipe: str, dataset: str, seeds: tuple[int, ...], epochs: int | None, batch_size: int, runs: Path, device: str,
+    start: Path | None, **reading: Any,
+) -> None:  # fmt: skip
     """Train and evaluate RECIPE, resuming what is there.
 
     RECIPE is one that `frlkit recipes` lists. A retraining recipe goes on from the finished run that it starts from
     with the same seed (most: pgd_at), trained first where it is missing. Fields may be varied:
-    "algorithm1_both,alpha_margin=1". The notebooks read the same folders: RUNS/DATASET/RECIPE/seedN.
+    "algorithm1_both,alpha_margin=1". The notebooks read the same folders: RUNS/DATASET/RECIPE/seedN. With --start it
+    goes on from anyone's weights instead, in a folder of their own: RECIPE,start=weights-DIGEST.
     On several GPUs: torchrun --nproc_per_node N -m frlkit train ...
     """
     from frlkit import data, distributed
     from frlkit import runs as place_of
+    from frlkit.audit import fairer, readings
     from frlkit.recipes import configure
 
-    values = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
+    values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
+    if start is None and any(reading.values()):
+        name = next(name for name in reading if reading[name])
+        raise KitError(f"--{name} is about the network of --start: give that file too, or leave it out")
     configs = [configure(recipe, dataset, seed, **values) for seed in seeds]
     place = distributed.start(data.pick_device(device))
     try:
         if distributed.shared():
             distributed.from_main(lambda: bool(data.load(dataset)))  # one process downloads
-        tensors = data.load(dataset, device=place)
+        if start is None:
+            tensors = data.load(dataset, device=place)
+        else:
+            read = readings.read(start, dataset, device=place, **reading)
+            recipe, own = fairer.going_on(recipe, read.model, read.reading["model"])
+            tensors, configs = read.data, [configure(recipe, dataset, seed, **own, **values) for seed in seeds]
         for config in configs:
             folder = place_of.folder(runs, recipe, config)
             place_of.run(config, tensors, folder)

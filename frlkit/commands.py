@@ -1,4 +1,4 @@
-"""The commands for anyone's network: `audit`, its short form `evaluate`, and `certify`."""
+"""The commands for anyone's network: `audit`, its short form `evaluate`, `fairer`, and `certify`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from frlkit.options import DATA, DEVICE, Choice, names_of
+from frlkit.options import DATA, DEVICE, RUNS, Choice, names_of
 
 
 class Numbers(click.ParamType):
@@ -55,14 +55,17 @@ ATTACK = _options(
 )
 
 
-@click.command(short_help="Any network, any images: errors of each class, and whether to trust them.")
-@click.argument("weights", type=click.Path(path_type=Path))
-@click.option(
+MODEL = click.option(
     "--model",
     default="",
     metavar="NAME|FILE.py:FACTORY",
     help="One of the kit's, of torchvision's, or module:factory. Default: what the file's tensors fit.",
 )
+
+
+@click.command(short_help="Any network, any images: errors of each class, and whether to trust them.")
+@click.argument("weights", type=click.Path(path_type=Path))
+@MODEL
 @READING
 @ATTACK
 @click.option("--output", type=click.Path(path_type=Path), help="A folder for the report card and its audit.json.")
@@ -85,13 +88,54 @@ def audit(output: Path | None, images: int | None, ladder: int, certify: int, ou
 
 
 def _card(found: dict[str, Any], output: Path) -> Path:
-    """The report card, where this kit has one, else the JSON."""
-    try:
-        from frlkit.report import card
-    except ImportError:
-        return output / "audit.json"
-    card.write([found], output)
-    return output
+    """The report card's page."""
+    from frlkit.report import card
+
+    return card.write([found], output)
+
+
+@click.command(short_help="Make any network fairer: before, control, method and moved biases in one report card.")
+@click.argument("weights", type=click.Path(path_type=Path))
+@MODEL
+@READING
+@click.option("--recipe", default="algorithm1_both", show_default=True, help="A retraining recipe; fields may vary.")
+@click.option("--eps", type=float, help="Radius of training and of the attack, in 1/255. Default: the recipe's, and 8.")
+@click.option("--epochs", type=int, help="Of a retraining. Default: the recipe's own.")
+@click.option("--batch-size", type=int, default=100, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--images", type=click.IntRange(1), help="Test images at most. Default: all.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A folder for the report card.")
+@RUNS
+@DEVICE
+def fairer(
+    weights: Path, recipe: str, eps: float | None, epochs: int | None, batch_size: int, seed: int, images: int | None,
+    output: Path, runs: Path, device: str, **asked: Any,
+) -> None:  # fmt: skip
+    """Retrain the network in WEIGHTS by Fair Robust Learning, and show in one report card what that changed.
+
+    Beside the network as it was stand the control (the same retraining with equal weights) and the cheap remedy (only
+    the output biases moved). Runs are kept in RUNS/DATASET/RECIPE,start=weights-DIGEST/seedN; the same command goes on.
+    WEIGHTS and --model are as in frlkit audit.
+    """
+    from frlkit import data
+    from frlkit.audit import audit as measure
+    from frlkit.audit import fairer as retraining
+    from frlkit.audit import readings
+    from frlkit.evaluation import Attack
+    from frlkit.report import card, names
+
+    read = readings.read(None if str(weights) == "-" else weights, device=data.pick_device(device), **asked)
+    values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
+    attack = Attack() if eps is None else Attack(eps, eps / 4)
+    radius = {} if eps is None else {"eps_255": eps, "step_255": eps / 4, "measure_255": eps}
+    given = {"reading": read.reading, "known": read.doubts, "most": images, "command": _command()}
+    audits = retraining.compare(
+        *(read.model, read.reading["model"], read.data, runs, lambda model: measure(model, read.data, attack, **given)),
+        **{"recipe": recipe, "title": names.title(recipe), "seed": seed, **values, **radius},
+    )
+    for sentence in card.comparison(audits)["says"]:
+        click.echo(sentence)
+    click.echo(f"written: {card.write(audits, output)}")
 
 
 @click.command(short_help="Class-wise errors of any weights: the short form of audit.")
@@ -124,6 +168,10 @@ def _write(out: Path, found: dict[str, Any]) -> None:
     checkpoint.write_json(out, found)
 
 
+def _command() -> str:
+    return shlex.join(["frlkit", *sys.argv[1:]])
+
+
 def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """The audit that these options ask for, its table printed."""
     from frlkit import data
@@ -139,8 +187,7 @@ def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
     if read.reading["tried"][1:]:
         click.echo(f"read as {read.title}")
     about = {"reading": read.reading, "known": read.doubts, "said_error": read.said_error}
-    words = shlex.join(["frlkit", *sys.argv[1:]])
-    found = measure(read.model, read.data, attack, command=words, **about, **parts)
+    found = measure(read.model, read.data, attack, command=_command(), **about, **parts)
     click.echo(f"{file} on {found['images']} test images of {found['dataset']}, errors in % under {attack}")
     table = {**found, "class_counts": found["labels_per_class"]}
     click.echo(tables.error_table(table, found["robust"]).to_string())

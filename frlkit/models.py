@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -180,11 +181,12 @@ def lend(name: str, model: nn.Module) -> str:
     return f"own:{name}"
 
 
-def check_name(name: str) -> None:
-    """Refuse a network that is neither in `MODELS` nor lent."""
+def known(name: str) -> str:
+    """The name, where it is one of `MODELS` or lent; raises `KitError` for another."""
     if name not in MODELS and name not in _lent:
         lent = " (one's own has to be lent anew in every process)" if name.startswith("own:") else ""
         raise KitError(f"model = {name!r} is unknown: use one of {', '.join(MODELS)}{lent}")
+    return name
 
 
 def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Module:
@@ -192,7 +194,7 @@ def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Modul
 
     Raises `KitError` for an unknown name or class count.
     """
-    check_name(name)
+    known(name)
     if name in _lent:
         return copy.deepcopy(_lent[name])
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:

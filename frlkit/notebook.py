@@ -20,7 +20,6 @@ from pydantic.fields import FieldInfo
 
 from frlkit import PROJECT, KitError, __version__, data, values
 from frlkit.drive import mirror, mounted
-from frlkit.models import MODELS
 from frlkit.recipes import BASE
 
 
@@ -65,7 +64,6 @@ PARAMETERS: dict[str, Any] = {
     "SEEDS": Seeds,
     "EPOCHS": Epochs,
     "BATCH_SIZE": Annotated[int, Field(ge=1, le=10**5)],
-    "MODEL": Literal[("", *MODELS)],  # type: ignore[valid-type]
     "FRL_SEEDS": Seeds,
     "FRL_EPOCHS": Annotated[int, Field(ge=0, le=1000)],  # 0: each recipe's own
     "REPORT_SEEDS": Seeds,
@@ -75,6 +73,11 @@ PARAMETERS: dict[str, Any] = {
     "IMAGES": Annotated[int, Field(ge=1, le=10**6)],
     "RADII": Annotated[list[Annotated[float, Field(gt=0, le=255)]], AfterValidator(_distinct)],
     "ROUNDS": Annotated[int, Field(ge=0, le=100)],
+    "WEIGHTS": str,
+    "MODEL": str,  # `configure`, and in notebook 06 `readings.read`, say which there are
+    "DATA": Annotated[str, PlainValidator(_data_set)],  # of one's own model: no profile sets it
+    "RETRAIN_SEEDS": Seeds,
+    "RETRAIN_EPOCHS": Annotated[int, Field(ge=0, le=1000)],
     "SEED": Annotated[int, Field(ge=0, le=10**6)],
     "SAMPLES": Annotated[int, Field(ge=1000, le=10**6)],
     "GD_STEPS": Annotated[int, Field(ge=10, le=10**5)],

@@ -42,7 +42,7 @@ class Group(click.Group):
         except (KitError, OSError) as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "certify")
+            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "fairer", "certify")
             stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")
             stopped.exit_code = 130
             raise stopped from None

@@ -20,18 +20,13 @@ def _named_data_set(name: str) -> str:
     return name
 
 
-def _named_model(name: str) -> str:
-    models.check_name(name)
-    return name
-
-
 @checked
 class Config:
     """Everything that decides a run's result; radius and step in 1/255. A value that does not fit raises `KitError`."""
 
     method: Literal["natural", "pgd_at", "trades", "n_fgsm"]  # n_fgsm: its one step is as long as the radius
     dataset: Annotated[str, AfterValidator(_named_data_set)] = "fashion_mnist"
-    model: Annotated[str, AfterValidator(_named_model)] = "lenet5"
+    model: Annotated[str, AfterValidator(models.known)] = "lenet5"
     seed: Seed = 0
     epochs: Annotated[int, Field(ge=1, le=10**5)] = 15
     batch_size: Count = 100

@@ -148,9 +148,8 @@ def _starting_model(config: Config, data: Dataset, place: Path) -> nn.Module:
         return run(start, data, start_folder(config, place))
     model, wanted = training.fresh_model(config, data), getattr(config, "start", "")
     if wanted.startswith(OWN) and wanted != own_start(model):
-        raise KitError(
-            f"{place} starts from {wanted} and the weights of {config.model} are {own_start(model)}: bring those"
-        )
+        found = own_start(model)
+        raise KitError(f"{place} starts from {wanted} and the weights of {config.model} are {found}: bring those")
     return model
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 from frlkit import KitError
 from frlkit.evaluation import Attack
-from frlkit.report import card, card_figures, statistics
+from frlkit.report import card, card_figures, card_words, statistics
 
 ODD = ["$x_1$ & <b>", "\u05e9\u05dc\u05d5\u05dd", "\"quoted\" 'name'", "two\nlines", "\u732b", "a" * 70, " "]
 
@@ -116,7 +116,7 @@ class TestNumbers:
         found = card.summary(given)
         assert found["pairs"] == []
         assert not found["hardest"]["established"]
-        says = card.sentences(given, found)
+        says = card_words.sentences(given, found)
         assert "no image" in says["confusion"]
         assert "never, up to 0/255" in says["curve"]
 
@@ -124,21 +124,21 @@ class TestNumbers:
 class TestSentences:
     def test_established_or_not(self) -> None:
         given = audit(classes=2, each=1000)
-        assert "is established" in card.sentences(given, card.summary(given))["classes"]
+        assert "is established" in card_words.sentences(given, card.summary(given))["classes"]
         few = audit(classes=5, each=4)
-        said = card.sentences(few, card.summary(few))["classes"]
+        said = card_words.sentences(few, card.summary(few))["classes"]
         assert "not established" in said
         assert "cannot be told from" in said
 
     def test_half_of_the_hardest_class(self) -> None:
         given = audit(classes=2, curve=[{"eps_255": 0.0, "robust": [0.0, 0.1]}, {"eps_255": 4.0, "robust": [0.1, 0.6]}])
-        said = card.sentences(given, card.summary(given))["curve"]
+        said = card_words.sentences(given, card.summary(given))["curve"]
         assert "class 1\u2069 from 4/255 on" in said
         assert "class 0\u2069 never, up to 4/255" in said
 
     def test_what_stronger_attacks_and_proofs_add(self) -> None:
         given = full(each=100)
-        said = card.sentences(given, card.summary(given))
+        said = card_words.sentences(given, card.summary(given))
         assert "missed 5.0 points" in said["ladder"]
         assert "2 reasons to doubt" in said["trust"]
         verified = np.mean(given["certified"]["verified"])

@@ -1,4 +1,4 @@
-"""Retraining from anyone's own network: it starts there and nowhere else, goes on after a stop, whichever it is."""
+"""Retraining from anyone's own network: it starts there and nowhere else, and goes on after a stop."""
 
 from __future__ import annotations
 

@@ -26,10 +26,16 @@ class Shifted(nn.Module):
     def __init__(self, network: nn.Module, classes: int) -> None:
         super().__init__()
         self.network = network
-        self.bias = nn.Parameter(torch.zeros(classes, device=next(network.parameters()).device))
+        zeros = torch.zeros(classes, device=next(network.parameters()).device)
+        self.bias = nn.ParameterList([zeros])  # a module's own parameters would come before its parts'
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images) + self.bias
+        return self.network(images) + self.bias[0]
+
+
+def going_on(recipe: str, model: nn.Module, name: str) -> tuple[str, dict[str, Any]]:
+    """A retraining recipe that goes on from a network as it stands, and the field of its configuration that says so."""
+    return f"{recipe},start={runs.own_start(model)}", {"model": models.lend(name, model)}
 
 
 def retrain(
@@ -47,8 +53,8 @@ def retrain(
 
     Raises `KitError` for a recipe that starts from nothing, and what `runs.run` raises.
     """
-    recipe = f"{recipe},start={runs.own_start(model)}"
-    config = configure(recipe, tensors.name, seed, model=models.lend(name, model), **values)
+    recipe, own = going_on(recipe, model, name)
+    config = configure(recipe, tensors.name, seed, **own, **values)
     return runs.run(config, tensors, runs.folder(place, recipe, config))
 
 
@@ -64,7 +70,7 @@ def versions(
 ) -> Iterator[tuple[str, nn.Module]]:
     """The network before; retrained with equal weights; by `recipe`, called `title`; with its output biases moved.
 
-    The last takes no training: the cheap remedy. `values` are those of `retrain`, for both retrainings.
+    The last takes no training: it is what the cheap remedy gives. `values` are those of `retrain`, for the other two.
     """
     yield BEFORE, model
     yield CONTROL, retrain("uniform", model, name, tensors, place, seed, **values)

@@ -14,6 +14,7 @@ QUESTIONS = {
     "03": "What does Reweight do for the hardest class that retraining alone does not?",
     "04": "Why did the report's Remargin fail, and what does a faithful one do?",
     "05": "Are both together the best, as the paper says and as the report left open?",
+    "06": "Which of your own model's classes fail under attack, can the number be trusted, and can it be mended?",
     "07": "Which differences between classes are certain, whatever attack comes next?",
 }
 

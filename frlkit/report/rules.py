@@ -5,7 +5,7 @@ Fewer than `FEWEST_SEEDS` seeds test nothing. Changes are differences of two met
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,15 @@ def correlated_given(
     No class is left out.
     """
     return Question(key, tuple(_partial_rank(covariate, given, target, label) for label, target in targets.items()))
+
+
+def hardest(key: str, wrong: Sequence[int], images: Sequence[int], class_names: Sequence[str]) -> Question:
+    """The claim that one class has a larger error than every other, tested on images: see `statistics.hardest`."""
+    worst, p = statistics.hardest(wrong, images)
+    rivals = [k for k in range(len(images)) if k != worst]
+    rival = max(rivals, key=lambda k: (p[k], wrong[k] / images[k]))
+    shares = {k: f"{names.plain(class_names[k])} {100 * wrong[k] / images[k]:.1f} %" for k in (worst, rival)}
+    return Question(key, (Comparison(f"{shares[worst]}, next {shares[rival]}", supports=float(p[rival])),))
 
 
 def every(question: Question) -> Question:
