@@ -25,6 +25,7 @@ from torch import Tensor
 
 from frlkit import KitError, disk, models
 from frlkit.disk import ReadError, exists, not_read, not_written
+from frlkit.values import first_line
 
 #: Called with every file that was written or, then no longer there, removed; a copy elsewhere follows (`drive.mirror`).
 followers: list[Callable[[Path], None]] = []
@@ -160,7 +161,7 @@ def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
     except pickle.UnpicklingError:  # torch's own message explains how to run the code in it
         raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded") from None
     except Exception as error:  # a damaged file can raise anything
-        reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
+        reason = first_line(error)[:150]
         raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded ({reason})") from None
 
 

@@ -15,17 +15,12 @@ from frlkit.data import check_name
 from frlkit.values import Count, Pixels, Positive, Seed, Share, Size, checked, fields_of, from_text, to_text
 
 
-def _named_data_set(name: str) -> str:
-    check_name(name)
-    return name
-
-
 @checked
 class Config:
     """Everything that decides a run's result; radius and step in 1/255. A value that does not fit raises `KitError`."""
 
     method: Literal["natural", "pgd_at", "trades", "n_fgsm"]  # n_fgsm: its one step is as long as the radius
-    dataset: Annotated[str, AfterValidator(_named_data_set)] = "fashion_mnist"
+    dataset: Annotated[str, AfterValidator(check_name)] = "fashion_mnist"
     model: Annotated[str, AfterValidator(models.known)] = "lenet5"
     seed: Seed = 0
     epochs: Annotated[int, Field(ge=1, le=10**5)] = 15
@@ -229,6 +224,7 @@ _LONG = {"optimizer": "sgd", "weight_decay": 5e-4, "lr_divide": 10.0, "lr_every"
 _COLOUR = {"model": "preact_resnet18", **_LONG, "precision": "bf16"}
 _SIGNS = {"eps_255": 12.0, "step_255": 3.0, "precision": "bf16"}
 _AGAIN = {"lr": 1e-3}
+OWN = "weights-"  # how the start of a network that was lent begins
 #: What a data set asks for, beneath a recipe's own fields; from nothing, and when a finished run is retrained.
 #:
 #: CIFAR-10 and SVHN have the paper's schedule: SGD, momentum 0.9, weight decay 5e-4, the rate divided by 10 after 40 %
@@ -242,8 +238,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gtsrb17": ({**_SIGNS, "model": "cnn4"}, {**_SIGNS, "model": "cnn4", "measure_255": 12.0}),
     "folder": ({"model": "cnn3"}, {"model": "cnn3"}),
 }
-
-OWN = "weights-"  # how the start of a network that was lent begins
 
 #: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
 LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary", "kappa", "ramp")
@@ -260,8 +254,7 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     known = [key for key in fields_of(kind) if key not in ("dataset", "seed")]
     if unknown := set(values) - set(known):
         raise KitError(f"{min(unknown)!r} is no field of a run of {name}: use {', '.join(known)}")
-    check_name(dataset)
-    asked = SETTINGS.get(dataset.partition(":")[0], ({}, {}))[kind is FairConfig]
+    asked = SETTINGS.get(check_name(dataset).partition(":")[0], ({}, {}))[kind is FairConfig]
     epochs = {"epochs": Config.epochs, **values, **varied}["epochs"]
     if kind is Config and "lr_every" in asked and isinstance(epochs, int):  # a shorter run has the same schedule
         asked = {**asked, "lr_every": max(1, round(asked["lr_every"] * epochs / 100))}
@@ -280,13 +273,13 @@ def _parts(recipe: str) -> tuple[str, Mapping[str, Any]]:
     name, *variations = recipe.split(",")
     if name not in RECIPES:
         raise KitError(f"recipe = {name!r} is unknown: use one of {', '.join(RECIPES)}")
-    known = {key: field for key, field in fields_of(FairConfig if name in FAIR else Config).items()}
+    kinds = fields_of(FairConfig if name in FAIR else Config)
+    known = {key: kind for key, kind in kinds.items() if key not in ("dataset", "seed")}
     varied: dict[str, Any] = {}
     for variation in variations:
         key, _, text = variation.partition("=")
-        if key not in known or key in ("dataset", "seed"):
-            names = ", ".join(key for key in known if key not in ("dataset", "seed"))
-            raise KitError(f"{key!r} is no field of a run of {name}: use {names}")
+        if key not in known:
+            raise KitError(f"{key!r} is no field of a run of {name}: use {', '.join(known)}")
         if key in varied:
             raise KitError(f"{key} is given twice in {recipe!r}: give it once")
         varied[key] = from_text(key, text, known[key])

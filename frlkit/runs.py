@@ -24,6 +24,7 @@ from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
 from frlkit.recipes import OWN, Config, FairConfig, described, spelled, start_of
+from frlkit.values import first_line
 
 WEIGHTS = "weights.safetensors"
 FILES = (WEIGHTS, "history.json", records.OUTCOMES, "record.json")  # the record makes a run finished: it comes last
@@ -222,7 +223,7 @@ def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except OSError as error:
         raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged or foreign file can raise anything
-        reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
+        reason = first_line(error)[:150]
         raise KitError(f"{path} is no weights file of a finished run ({reason}): delete it to train anew") from None
     if not whole:
         raise KitError(f"{path} is damaged: its weights do not match its own digest; delete it to train anew")

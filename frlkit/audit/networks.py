@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from frlkit import KitError, models
 from frlkit.audit.weights import UNUSED, Weights, fit
-from frlkit.sources.images import first_line
+from frlkit.values import first_line
 
 ACTIVATIONS = {"tanh": torch.tanh, "ReLU": torch.relu, "sigmoid": torch.sigmoid}
 POOLINGS = {"average": F.avg_pool2d, "max": F.max_pool2d}

@@ -26,7 +26,7 @@ from frlkit.audit.networks import Network
 from frlkit.audit.weights import Weights, find
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import batches, predict, stream
-from frlkit.sources.images import first_line
+from frlkit.values import first_line
 
 IMAGES = 500  # that readings are compared on, or fewer of a large network
 WORK = 1e11  # floating-point operations that comparing readings may take, all together: seconds on one core

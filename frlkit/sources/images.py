@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import KitError, checkpoint, disk
+from frlkit import KitError, checkpoint, disk, values
 
 GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # of more than 8 bits
@@ -194,7 +194,7 @@ def first_line(error: Exception) -> str:
 
     if isinstance(error, UnidentifiedImageError):
         return "no image"  # Pillow's own words name a buffer
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return values.first_line(error)
 
 
 def listed(names: Iterable[Any], most: int = LISTED, *, quoted: bool = True) -> str:
