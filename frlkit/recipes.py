@@ -228,8 +228,8 @@ OWN = "weights-"  # how the start of a network that was lent begins
 #: What a data set asks for, beneath a recipe's own fields; from nothing, and when a finished run is retrained.
 #:
 #: CIFAR-10 and SVHN have the paper's schedule: SGD, momentum 0.9, weight decay 5e-4, the rate divided by 10 after 40 %
-#: and 80 % of the epochs; retraining begins at 0.001, as in the authors' code. GTSRB's plain CNNs are trained like LeNet-5,
-#: with Adam, at the paper's 12/255. Training is in bf16. Epochs and batch size: ``notebooks/profiles``.
+#: and 80 % of the epochs; retraining begins at 0.001, as in the authors' code. GTSRB's plain CNNs train like LeNet-5, with
+#: Adam, at the paper's 12/255. Training is in bf16. Epochs and batch size: ``notebooks/profiles``.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cifar10": ({**_COLOUR, "lr": 0.1, "augment": "crop_flip"}, {**_COLOUR, **_AGAIN, "augment": "crop_flip"}),
     "svhn": ({**_COLOUR, "lr": 0.01}, {**_COLOUR, **_AGAIN}),

@@ -401,7 +401,7 @@ class TestRecipes:
         """The kit's loop has twelve, from random weights as many as start and retraining together; sources' own."""
         kinds = {"printed": 40, "eq17": 40, "official": 40, "intercept": 24, "head": 24, "random": 15 + 12}
         for name in recipes.FAIR:
-            report = {"report_remargin": 10, "report_reweight": 20, "report_uniform": 20}
+            report = {"report_remargin": 10, "report_reweight": 20, "report_uniform": 20, "certified": 20}
             assert recipe(name).epochs == report.get(name, kinds.get(name.split("_")[0], 12)), name
 
     @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -477,7 +477,8 @@ class TestRecipes:
     def test_differently_weighted_recipes_give_different_settings(self) -> None:
         """But for radius and attack alone: the controls and constant_margin weigh alike."""
         weighted = [name for name in recipes.FAIR if name.split("_")[-1] in ("reweight", "remargin", "both")]
-        weighted.remove("random_start_both")  # algorithm1_both's rule from another start
+        for same in ("random_start_both", "certified_reweight", "certified_remargin"):
+            weighted.remove(same)  # Algorithm 1's rule, from another start or in another loss
         weighted += ["shrunk_margin", "dafa", "one_class", "uniform", "natural_only", "boundary_only"]
         found = {name: torch.cat(settings_after(name)[-1]) for name in weighted}
         for first, second in itertools.combinations(weighted, 2):
