@@ -70,6 +70,10 @@ def faults(stage: Stage, name: str, moments: int, seed: int) -> Iterator[tuple[s
             yield next((row for start, row in ROWS.items() if case.startswith(start)), case), case, how
 
 
+def row_of(case: str) -> str:
+    return "a worker or driver of a real Ray or Dask cluster killed" if "cluster" in case else "its driver struck"
+
+
 def main() -> int:
     """Returns 1 where a fault was not survived, or cost more epochs than it may."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -154,7 +158,7 @@ def campaign(words: argparse.Namespace, results: Results) -> None:
                 how = partial(strike, fault=fault) if fault else {**CASES, **SWEEPS}[words.repeat]
                 every = [(words.repeat, words.repeat, how)]
             elif name == "sweep":
-                every = [("a sweep's driver struck", case, how) for case, how in SWEEPS.items()]
+                every = [(row_of(case), case, how) for case, how in SWEEPS.items()]
             else:
                 every = list(faults(stage, name, words.moments, words.seed))
             there = Counter(row for row, _, _ in every)
