@@ -8,6 +8,7 @@ what is kept. The table is Markdown; ``--write`` puts it into a document.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -140,7 +141,9 @@ def about() -> str:
 
 def campaign(words: argparse.Namespace, results: Results) -> None:
     """Try what the command line asks for and is not known yet."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(words.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as end:
+        pool = ThreadPoolExecutor(words.jobs)
+        end.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C those in hand are finished, no others begun
         Path(folder).chmod(0o755)
         stage = Stage(Path(folder))
         stage.write_data(tiny_dataset(data.load("digits"), 5, 1, 2))
