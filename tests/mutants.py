@@ -1,6 +1,6 @@
 """``make mutants``: seeded faults in the kit, one at a time, each of which some test must notice; prints a table.
 
-``--only WORD`` tries those whose description has this word.
+``--only WORD`` tries those whose description has this word, ``--every N`` one in so many.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ MUTANTS = [
         "one radius for all classes",
         *(
             "losses.py",
-            "config.eps_255 / 255 * balance.radius_factors[y]",
-            "(0 * balance.radius_factors[y] + config.eps_255 / 255)",
+            "    eps = config.eps_255 / 255 * balance.radius_factors[y]",
+            "    eps = 0 * balance.radius_factors[y] + config.eps_255 / 255",
         ),
         FAIR,
     ),
@@ -134,7 +134,7 @@ MUTANTS = [
         *("training.py", "run.epoch, (part, config.updates))", "run.epoch, (0, config.updates))", FAIR),
     ),
     Mutant("printed weights made to sum to 1", "losses.py", 'config.weighting == "printed"', "False", FAIR),
-    Mutant("biases moved anew every time", "training.py", " - fairness.offsets(before)).to", ").to", FAIR),
+    Mutant("biases moved anew every time", "training.py", " - fairness.offsets(before)\n", "\n", FAIR),
     Mutant("multipliers in every epoch", "training.py", "run.epoch % config.inner_epochs == 0", "True", FAIR),
     Mutant("changed predictions do not count", "training.py", 'config.boundary == "changed"', "False", FAIR),
     Mutant(
@@ -175,14 +175,16 @@ MUTANTS = [
     Mutant("anyone's library", "kernels/build.py", "status.st_mode & 0o022", "False", "test_kernels.py"),
     Mutant("any flag", "kernels/build.py", "if flag.startswith(CHANGING)", "if False", "test_kernels.py"),
     Mutant("other configurations pass", "checkpoint.py", "found.get(name) != wanted.get(name)", "False", CHECKPOINT),
-    Mutant("a damaged copy counts", "checkpoint.py", "draft.read_bytes() != file.read_bytes()", "False", CHECKPOINT),
+    Mutant("a damaged copy counts", "drive.py", "draft.read_bytes() != file.read_bytes()", "False", CHECKPOINT),
     Mutant("litter stays", "disk.py", "for file in _litter(folder, name):", "for file in ():", CHECKPOINT),
     Mutant("any file is a run's checkpoint", "checkpoint.py", 'if "epoch" not in state:', "if False:", CHECKPOINT),
     Mutant("images up to 255/256", "data.py", ".float().div_(255)", ".float().div_(256)", "test_data.py"),
     Mutant(
         "training on validation images",
-        *("data.py", "train.take(keep)", "train", "test_data.py"),
+        *("sources/splits.py", "train.take(keep)", "train", "test_data.py"),
     ),
+    Mutant("another order is another run", "runs.py", 'frozenset(name.split(","))', "frozenset(name)", "test_runs.py"),
+    Mutant("the last of two values counts", "recipes.py", "if key in varied:", "if False:", "test_values.py"),
     Mutant("True is a number", "values.py", "ConfigDict(strict=True,", "ConfigDict(strict=False,", "test_values.py"),
 ]
 
@@ -230,8 +232,9 @@ def main() -> int:
     """Returns 1 where a mutant survives, or the tests fail without any."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="a word of the descriptions")
+    parser.add_argument("--every", type=int, default=1, help="only every so-manieth, for a quick look")
     words = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if words.only in mutant.what]
+    chosen = [mutant for mutant in MUTANTS if words.only in mutant.what][:: words.every]
     sources = [mutated(mutant) for mutant in chosen]
     sys.dont_write_bytecode = True  # a mutant may be as old and as long as the original: no stale bytecode
     import torch  # once here instead of once in every forked process

@@ -8,6 +8,7 @@ what is kept. The table is Markdown; ``--write`` puts it into a document.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -68,6 +69,10 @@ def faults(stage: Stage, name: str, moments: int, seed: int) -> Iterator[tuple[s
                 yield f"{kind} at a random line", str(fault), partial(strike, fault=fault)
         for case, how in CASES.items():
             yield next((row for start, row in ROWS.items() if case.startswith(start)), case), case, how
+
+
+def row_of(case: str) -> str:
+    return "a worker or driver of a real Ray or Dask cluster killed" if "cluster" in case else "its driver struck"
 
 
 def main() -> int:
@@ -136,7 +141,9 @@ def about() -> str:
 
 def campaign(words: argparse.Namespace, results: Results) -> None:
     """Try what the command line asks for and is not known yet."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(words.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as end:
+        pool = ThreadPoolExecutor(words.jobs)
+        end.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C those in hand are finished, no others begun
         Path(folder).chmod(0o755)
         stage = Stage(Path(folder))
         stage.write_data(tiny_dataset(data.load("digits"), 5, 1, 2))
@@ -154,7 +161,7 @@ def campaign(words: argparse.Namespace, results: Results) -> None:
                 how = partial(strike, fault=fault) if fault else {**CASES, **SWEEPS}[words.repeat]
                 every = [(words.repeat, words.repeat, how)]
             elif name == "sweep":
-                every = [("a sweep's driver struck", case, how) for case, how in SWEEPS.items()]
+                every = [(row_of(case), case, how) for case, how in SWEEPS.items()]
             else:
                 every = list(faults(stage, name, words.moments, words.seed))
             there = Counter(row for row, _, _ in every)

@@ -8,15 +8,17 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from faulty import (
@@ -258,10 +260,10 @@ def drive(stage: Stage, name: str, runs: Path, *, trouble: str) -> int:
     afterwards = trouble in ("vanishes", "truncated", "empty")  # what the cloud does to a copy that read back well
     if afterwards:
         call_of(stage, name, "create", "history.json", -1)  # the moment is counted anew: copies call about files, too
-        survey = f"{remote}.survey"
-        probe = stage.start(name, runs.with_name("probe"), remote=f"{remote}.probe", trouble="", survey=survey)
+        survey = {"survey": f"{remote}.survey", "lines": False}
+        probe = stage.start(name, runs.with_name("probe"), remote=f"{remote}.probe", trouble="", **survey)
         assert probe.code == 0, probe.said
-        calls = Path(f"{survey}.files").read_text(encoding="utf-8").splitlines()
+        calls = Path(f"{remote}.survey.files").read_text(encoding="utf-8").splitlines()
         number = [n for n, call in enumerate(calls) if re.match(r"create .*history\.json", call)][-1]
         fault = Fault("SIGKILL", f"file:{number}")
     else:
@@ -280,21 +282,29 @@ def drive(stage: Stage, name: str, runs: Path, *, trouble: str) -> int:
     return epochs
 
 
-def killed_driver(stage: Stage, name: str, runs: Path, *, kind: str, number: int) -> int:
-    """`frlkit sweep` on two processes, struck when its number-th run begins; then the same command again.
-
-    The digits are whole here, for the workers are not forked; equal to the sweep that nothing struck.
-    """
+def sweep_command(stage: Stage, *words: str | Path) -> list[str | Path]:
+    """`frlkit sweep` on a small grid; the digits are whole here, for its workers are not forked."""
     file = stage.root / "sweep.yaml"
     file.write_text(SWEEP, encoding="utf-8")
+    return [sys.executable, "-m", "frlkit", "sweep", file, "--device", "cpu", *words]
+
+
+def finish_sweep(stage: Stage, runs: Path, *words: str) -> int:
+    """The same command again; equal to the sweep that nothing struck."""
     straight = stage.root / "straight_sweep"
-    command = [sys.executable, "-m", "frlkit", "sweep", str(file), "--jobs", "2", "--device", "cpu", "--runs"]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
-    if not straight.exists():
-        done = subprocess.run([*command, straight], **quiet)
-        assert done.returncode == 0, done.stdout
-    with subprocess.Popen([*command, runs], **quiet) as driver:
-        wait_for(lambda: len(list(runs.glob("digits/*/seed0/*"))) >= number or driver.poll() is not None, 300)
+    for place, how in ((straight, ("--jobs", "1")), (runs, words)):
+        if place is runs or not straight.exists():
+            done = subprocess.run(sweep_command(stage, *how, "--runs", place), **QUIET, timeout=600)
+            assert done.returncode == 0, done.stdout
+    assert_same(straight, runs)
+    return 0
+
+
+def killed_driver(stage: Stage, name: str, runs: Path, *, kind: str, number: int) -> int:
+    """A sweep on two processes, struck when so many files are there; then the same command again."""
+    command = sweep_command(stage, "--jobs", "2", "--runs", runs)
+    with subprocess.Popen(command, **QUIET) as driver:
+        wait_for(lambda: len(list(runs.glob("digits/*/seed0/*"))) >= number or driver.poll() is not None, 600)
         driver.send_signal(signal.Signals[kind])
         try:
             said = driver.communicate(timeout=120)[0]
@@ -302,13 +312,65 @@ def killed_driver(stage: Stage, name: str, runs: Path, *, kind: str, number: int
             driver.kill()
             raise AssertionError(f"the driver hangs after {kind}: {driver.communicate()[0]}") from None
     assert "Traceback" not in said, said
-    done = subprocess.run([*command, runs], **quiet, timeout=300)
-    assert done.returncode == 0, done.stdout
-    assert_same(straight, runs)
+    return finish_sweep(stage, runs, "--jobs", "2")
+
+
+@contextmanager
+def real_cluster(backend: str, place: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
+    """A Ray or Dask cluster of two workers on this machine: its address, and for Dask its workers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = f"tcp://127.0.0.1:{port}" if backend == "dask" else f"127.0.0.1:{port}"
+    dask, quiet = [sys.executable, "-m", "dask"], ["--no-dashboard"]
+    worker = [*dask, "worker", address, "--no-nanny", "--nthreads", "1", *quiet]
+    ray = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port", port, "--num-cpus", "2"]
+    ray += ["--node-ip-address", "127.0.0.1", "--include-dashboard=false", "--object-store-memory", str(10**8)]
+    commands = {"dask": [[*dask, "scheduler", "--host", address, *quiet], worker, worker], "ray": [ray]}[backend]
+    # Ray's workers are "nice" to everyone else, and so never get to run on a busy machine.
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    settings = {**os.environ, **settings, "XDG_CACHE_HOME": str(place)}
+    log = place / "log"
+    with log.open("wb") as file:
+        started = [psutil.Popen(command, env=settings, stdout=file, stderr=file, cwd=place) for command in commands]
+        try:
+            if backend == "ray":
+                wait_for(lambda: b"Ray runtime started" in log.read_bytes(), 300)
+            yield address, started
+        finally:
+            family = [child for one in started if one.is_running() for child in one.children(recursive=True)]
+            for one in [*started, *family]:
+                with suppress(psutil.NoSuchProcess):
+                    one.terminate()
+            for left in psutil.wait_procs([*started, *family], timeout=10)[1]:
+                left.kill()
+
+
+def struck_cluster(stage: Stage, name: str, runs: Path, *, backend: str, whom: str) -> int:
+    """A sweep on a real cluster, whose worker or driver is killed while a run is at work there."""
+    pytest.importorskip({"ray": "ray", "dask": "distributed"}[backend])
+    place = temporary()
+    with real_cluster(backend, place) as (address, started):
+        words = ("--backend", backend, "--address", address)
+        with subprocess.Popen(sweep_command(stage, *words, "--runs", runs), **QUIET) as driver:
+            wait_for(lambda: list(place.rglob("checkpoint.pt")) or driver.poll() is not None, 600)
+            assert driver.poll() is None, driver.communicate()[0]
+            if whom == "driver":
+                driver.kill()
+            elif backend == "dask":
+                started[1].kill()
+            else:
+                family = started[0].children(recursive=True)
+                next(child for child in family if "ray::away" in " ".join(child.cmdline())).kill()
+            said = driver.communicate(timeout=600)[0]
+            assert whom == "driver" or driver.returncode == 0, said
+        finish_sweep(stage, runs, *words)
+    shutil.rmtree(place)
     return 0
 
 
-SWEEP = "dataset: digits\nvalues: {epochs: 1, batch_size: 500}\ngrid: [{recipe: [natural, pgd_at, trades]}]\n"
+QUIET: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+SWEEP = "dataset: digits\nvalues: {epochs: 2, batch_size: 500}\ngrid: [{recipe: [natural, pgd_at, trades]}]\n"
 CASES: dict[str, Case] = {
     **{
         f"{kind} in the middle of an epoch": lambda stage, name, runs, kind=kind: stage.survive(
@@ -343,6 +405,10 @@ SWEEPS: dict[str, Case] = {
     f"{kind} of a sweep's driver at file {number}": partial(killed_driver, kind=kind, number=number)
     for kind in ("SIGKILL", "SIGTERM", "SIGINT")
     for number in (1, 6)
+} | {
+    f"{whom} of a {backend.title()} cluster killed": partial(struck_cluster, backend=backend, whom=whom)
+    for backend in ("dask", "ray")
+    for whom in ("worker", "driver")
 }
 # Epochs; one for all others. What had not reached Drive yet is lost, besides the epoch that was killed.
 MOST_LOST = {"both checkpoints truncated": 2, "Drive fails": 2, "Drive drops": 2, "Drive is gone": 4}

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import nbformat
 import safetensors
 import torch
 
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "algorithm1_both": ("train", "algorithm1_both,start_epochs=1,tau_nat=0.0,tau_bdy=0.0", *_TRAIN),
     "evaluate": ("evaluate", "{root}/weights.pt", *_EVALUATE),
     "ladder": ("ladder", "{root}/weights.pt", "{runs}/ladder.json"),  # no command of the kit's: see `_climb`
+    "reproduce": ("reproduce", "--dataset", "digits", "--output", "{runs}"),  # of two small notebooks
 }
 STEPS = {"pgd_at": 6, "algorithm1_both": 8}  # of the optimiser, two an epoch
 TITLES = {"pgd_at": "train pgd_at", "algorithm1_both": "train algorithm1_both"}
@@ -117,6 +119,8 @@ def carry_out(name: str, root: str, runs: str, more: tuple[str, ...] = ()) -> in
 
     words = [word.format(root=root, runs=runs) for word in (*COMMANDS[name], *more)]
     command = _climb if words[0] == "ladder" else main
+    if words[0] == "reproduce":
+        _small_project(Path(root))
     try:
         command(words[1:] if command is _climb else words, prog_name="frlkit")
     except SystemExit as end:
@@ -141,6 +145,44 @@ def _climb(words: list[str], prog_name: str) -> None:
     except KitError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
+
+
+def _small_project(root: Path) -> None:
+    """Two notebooks that need no kernel, in place of the kit's; what is published tells no time and no place."""
+    from papermill.engines import Engine, papermill_engines
+
+    from frlkit import reproduce
+    from frlkit.report import pages
+
+    class NoKernel(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
+            for index, cell in enumerate(nb_man.nb.cells):
+                nb_man.cell_start(cell, index)
+                if cell.cell_type == "code":
+                    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="four\n")]
+                nb_man.cell_complete(cell, cell_index=index)
+
+    papermill_engines.register(None, NoKernel)
+    reproduce.PROJECT, reproduce.NOTEBOOKS = root, root / "notebooks"
+    reproduce.took = pages.took = lambda _: "no time"
+    reproduce._shown = lambda path: path.name
+    pages._now, pages.commit = lambda: "now", lambda: "none"
+    nbformat.v4.nbbase.random_cell_id = lambda: "injected"
+
+
+def write_notebooks(folder: Path) -> None:
+    """One that has a data set, and one that has none."""
+    (folder / "profiles").mkdir(parents=True)
+    (folder / "profiles" / "digits.yaml").write_text("DATASET: digits\n", encoding="utf-8")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    for stem, first in (("01_small", 'DATASET = "digits"\n'), ("02_theory", "")):
+        parameters = nbformat.v4.new_code_cell(
+            f'{first}FIGURES = ""', id="parameters", metadata={"tags": ["parameters"]}
+        )
+        cells = [nbformat.v4.new_markdown_cell(f"# {stem}", id="heading"), parameters]
+        cells.append(nbformat.v4.new_code_cell("2 + 2", id="sum"))
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{stem}.ipynb")
 
 
 def prepare(root: str, steps: str, fault: Fault | None, options: dict[str, Any]) -> None:
@@ -208,7 +250,7 @@ def _armed(fault: Fault | None, runs: str, options: dict[str, Any]) -> Iterator[
     def call(frame: FrameType, *_: Any) -> Any:
         return line if frame.f_code.co_filename.startswith(KIT) else None
 
-    if log or (fault and fault.at("line")):
+    if (log and options["lines"]) or (fault and fault.at("line")):
         sys.settrace(call)
     try:
         yield
@@ -281,7 +323,8 @@ class Stage:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH", "")]))
         self.shim = build_shim(self.root)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["cases", "hypothesis", "torchvision", "frlkit.__main__", "frlkit.runs"])
+        loaded = ["cases", "hypothesis", "nbconvert", "papermill", "torchvision"]
+        self.context.set_forkserver_preload([*loaded, "frlkit.__main__", "frlkit.reproduce", "frlkit.runs"])
         before = os.environ.get("LD_PRELOAD")
         if self.shim:
             os.environ["LD_PRELOAD"] = " ".join(filter(None, [str(self.shim), before]))
@@ -293,6 +336,7 @@ class Stage:
     def write_data(self, tiny: Dataset) -> None:
         (self.root / "data.pickle").write_bytes(pickle.dumps(tiny))
         torch.save(models.build("lenet5", seed=0).state_dict(), self.root / "weights.pt")
+        write_notebooks(self.root / "notebooks")
 
     def launch(self, name: str, runs: Path, fault: Fault | None = None, **options: Any) -> Any:
         """Start a process; its output and the optimiser's steps are kept beside `runs`."""
@@ -319,7 +363,7 @@ class Stage:
         runs = self.root / f"straight_{name}"
         if name not in self.surveys:
             survey = self.root / f"{name}.survey"
-            outcome = self.start(name, runs, survey=str(survey))
+            outcome = self.start(name, runs, survey=str(survey), lines=name in STEPS)
             assert outcome.code == 0, outcome.said
             self.surveys[name] = json.loads(Path(f"{survey}.lines").read_text(encoding="utf-8"))
             files = Path(f"{survey}.files")
@@ -419,13 +463,16 @@ def _content(path: Path) -> Any:
     if path.suffix == ".safetensors":  # which writes its header in any order
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata(), checkpoint.digest({name: file.get_tensor(name) for name in sorted(file.keys())})
-    return _timeless(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+    return _timeless(json.loads(path.read_bytes())) if path.suffix in (".json", ".ipynb") else path.read_bytes()
 
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if key != "seconds"}
+        return {key: _timeless(item) for key, item in value.items() if key not in TIMES}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
+
+
+TIMES = ("seconds", "cpu_seconds", "duration", "start_time", "end_time", "input_path", "output_path")
 
 
 def temporary(prefix: str = "faults-") -> Path:
