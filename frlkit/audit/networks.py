@@ -83,6 +83,8 @@ def candidates(name: str, weights: Weights | None, classes: int) -> list[Network
         return [_own(name, weights, classes)]
     if weights is None:
         raise KitError(f"model = {name!r} needs a file of weights: only a factory, module:factory, may do without")
+    if weights.own in models.MODELS and name in ("", weights.own):
+        return [_kit(weights.own, weights, classes)]
     if not name:
         return _recognised(weights, classes)
     if name == "lenet5":
@@ -140,7 +142,7 @@ def _lenets(weights: Weights, classes: int) -> Iterator[Network]:
 
 
 def _kit(name: str, weights: Weights, classes: int) -> Network:
-    """One of the kit's other networks, from files that name its layers as the kit does or as public code does."""
+    """One of the kit's networks, from files that name its layers as the kit does or as public code does."""
     module, title = models.build(name, classes), models.TITLES[name]
     side, channels = image_shape(name)
     if isinstance(module, models.ResNet):
@@ -160,7 +162,8 @@ def _renamed(tensors: dict[str, Tensor], preactivation: bool) -> dict[str, Tenso
     groups = sorted({int(match[1]) for match in found})
     count = {group: 1 + max(int(match[2]) for match in found if int(match[1]) == group) for group in groups}
     start = {group: sum(count[other] for other in groups if other < group) for group in groups}
-    shortcut = {"convShortcut": "shortcut", "downsample": "shortcut"} | ({"shortcut.0": "shortcut"} * preactivation)
+    shortcut = {"convShortcut": "shortcut", "downsample": "shortcut"}
+    shortcut |= {"shortcut.0": "shortcut"} if preactivation else {}
     tops = {"conv1": "stem", "bn1": "last_bn" if preactivation else "stem_bn", "bn": "last_bn", "fc": "linear"}
 
     def ours(name: str) -> str:

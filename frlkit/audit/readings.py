@@ -1,8 +1,8 @@
 """How a file of weights is to be read: which network, behind which preprocessing. What it cannot say is found out.
 
 Each plausible reading classifies the same few hundred clean training images, so that no choice is made on those that
-are audited; the one with the lowest natural error is taken. A reading that was asked for, and is far worse than
-another, is refused: its robust error would mean nothing.
+are audited; the one with the lowest error, and among equals the lowest loss, is taken. A reading that was asked for,
+and is far worse than another, is refused: its robust error would mean nothing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from frlkit import KitError, data, watched
+from frlkit import KitError, data, models, watched
+from frlkit.attacks import logits
 from frlkit.audit import networks
 from frlkit.audit.doubts import affordable
 from frlkit.audit.networks import Network
 from frlkit.audit.weights import Weights, find
 from frlkit.data import Dataset, Split
-from frlkit.evaluation import batches, predict, stream
+from frlkit.evaluation import batches, stream
 from frlkit.values import first_line
 
-IMAGES = 500  # that readings are compared on, or fewer of a large network
-WORK = 1e11  # floating-point operations that comparing readings may take, all together: seconds on one core
+FEW, MANY = 200, 2000  # images that all readings, and the best of them, are compared on; fewer of a large network
+WORK = 1e11  # floating-point operations that each of the two may take: seconds on one core
+SCALES = tuple(2.0**power for power in range(-5, 2))
 Numbers = tuple[float, ...]
 #: What people subtract and divide by, channel by channel.
 USUAL: dict[str, tuple[Numbers, Numbers]] = {
@@ -147,6 +149,8 @@ def read(
         for numbers in _normalisations(network, weights, (mean, std), load(network.size, network.channels))
     ]
     asked = [reading for reading in tries if mean is None or (reading.mean, reading.std) == (mean, std)]
+    if not asked:
+        raise KitError(f"mean = {mean}: {found[0].title} needs none for its images; leave --mean and --std out")
     chosen, errors, doubts = _choose(tries, asked, lambda network: load(network.size, network.channels))
     images = load(chosen.network.size, chosen.network.channels)
     if weights and weights.others:
@@ -163,7 +167,7 @@ def read(
         "prefix": weights.prefix if weights else "",
         "tried": [{"reading": str(reading), "natural": error} for reading, error in zip(tries, errors, strict=True)],
     }
-    module = chosen.module.to(device)
+    module = models.place(chosen.module, device)
     return Audited(module, images, str(chosen), about, doubts, weights.error if weights else None)
 
 
@@ -175,13 +179,13 @@ def _normalisations(
     network: Network, weights: Weights | None, asked: tuple[Numbers | None, Numbers | None], images: Dataset
 ) -> list[tuple[Numbers, Numbers]]:
     """What the network's images may have been normalised with; what the file or the user says, first."""
-    if network.normalises:
+    if network.normalises or (weights and weights.own):
         return [NONE]
     known = (weights.mean, weights.std) if weights else (None, None)
     found = [pair for pair in (asked, known) if None not in pair]
     if not found or asked[0] is not None:
         found += [NONE, USUAL.get(images.name) or _own_numbers(images.train), HALVES, BYTES]
-        found += [IMAGENET] * (images.test.images.shape[1] == 3)
+        found.append(IMAGENET if images.test.images.shape[1] == 3 else USUAL["mnist"])
     return list(dict.fromkeys(found))  # type: ignore[arg-type]
 
 
@@ -193,41 +197,79 @@ def _own_numbers(split: Split) -> tuple[Numbers, Numbers]:
     return tuple(round(v, 4) for v in mean.tolist()), tuple(max(round(v, 4), 0.01) for v in std.tolist())
 
 
+@dataclass(frozen=True)
+class _Score:
+    """What a reading makes of the same clean images, (N,) each: which are right, and their loss.
+
+    The loss is cross-entropy of the logits times that of `SCALES` which makes it smallest, as a reading may scale them.
+    """
+
+    right: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def error(self) -> float:
+        return float(1 - self.right.mean())
+
+    def worse(self, other: _Score, least: float = 0.0) -> bool:
+        """Whether its error is surely larger: by `least`, and by 3 standard errors of the difference."""
+        gained, lost = (other.right & ~self.right).sum(), (self.right & ~other.right).sum()
+        return bool(gained - lost > max(least * len(self.right), 3 * math.sqrt(gained + lost)))
+
+    def less_likely(self, other: _Score) -> bool:
+        """Whether its loss is larger by a standard error of the difference."""
+        difference = self.loss - other.loss
+        return bool(difference.mean() > difference.std() / math.sqrt(len(difference)))
+
+
 def _choose(
     tries: Sequence[Reading], asked: Sequence[Reading], images: Callable[[Network], Dataset]
 ) -> tuple[Reading, list[float], list[str]]:
-    """The best of the readings that were asked for, the natural error of each of all, and what is doubtful about it."""
-    right = _right(tries, images)
-    errors = [1 - values.mean() for values in right]
-    order = sorted(range(len(tries)), key=lambda number: errors[number])
-    allowed = [number for number in order if tries[number] in asked]
-    first = min(allowed)  # the likeliest before any image was seen: it gives way only to what is surely better
-    chosen = allowed[0] if _worse(right[first], right[allowed[0]]) else first
-    best = order[0]
-    if _worse(right[chosen], right[best], 0.05):
+    """The best of the readings that were asked for, the error of each of all, and what is doubtful about the choice.
+
+    Of those whose errors can hardly be told apart, the likeliest before any image was seen stands first; it gives way
+    to one with a lower loss.
+    """
+    scores = _scores(tries, images, FEW)
+    allowed = [number for number in range(len(tries)) if tries[number] in asked]
+    lowest = min(allowed, key=lambda number: scores[number].error)
+    best = min(range(len(tries)), key=lambda number: scores[number].error)
+    if scores[lowest].worse(scores[best], 0.05):
         raise KitError(
-            f"read as {tries[chosen]}, its error on clean images is {errors[chosen]:.1%}, and read as {tries[best]}, "
-            f"{errors[best]:.1%}: a robust error of the first would mean nothing; change or leave out --mean and --std"
+            f"read as {tries[lowest]}, {scores[lowest].error:.1%} of clean images are wrong, and read as "
+            f"{tries[best]}, {scores[best].error:.1%}: a robust error of the first would mean nothing; change or leave "
+            "out --mean and --std"
         )
-    for other in order:
-        alike = not _worse(right[other], right[chosen], sure=1) and (right[other] != right[chosen]).mean() > 0.02
-        if other != chosen and alike and errors[other] < 0.5 * (1 - 1 / len(images(tries[0].network).class_names)):
-            doubt = f"the file could as well be read as {tries[other]} (error on clean images {errors[other]:.1%})"
+    close = [number for number in allowed if not scores[number].worse(scores[lowest])]
+    final = sorted({*close, best})
+    more = dict(zip(final, _scores([tries[number] for number in final], images, MANY), strict=True))
+    errors = [more.get(number, scores[number]).error for number in range(len(tries))]
+    lowest = min(close, key=errors.__getitem__)
+    close = [number for number in close if not more[number].worse(more[lowest])]
+    likeliest = min(close, key=lambda number: more[number].loss.mean())
+    chosen = likeliest if more[close[0]].less_likely(more[likeliest]) else close[0]
+    guess = 1 - 1 / len(images(tries[0].network).class_names)
+    for other in final:
+        differ = np.abs(more[other].loss - more[chosen].loss).mean() > 1e-3
+        if differ and errors[other] < guess / 2 and not more[other].less_likely(more[chosen]):
+            doubt = f"the file could as well be read as {tries[other]} ({errors[other]:.1%} of clean images are wrong)"
             return tries[chosen], errors, [f"{doubt} as {tries[chosen]} ({errors[chosen]:.1%})"]
     return tries[chosen], errors, []
 
 
-def _right(tries: Sequence[Reading], images: Callable[[Network], Dataset]) -> list[np.ndarray]:
-    """Which of the same clean training images each reading classifies rightly, (N,) of bool each."""
+def _scores(tries: Sequence[Reading], images: Callable[[Network], Dataset], most: int) -> list[_Score]:
     split = images(tries[0].network).train
-    most = affordable(_tested(tries[0], split), split, WORK, len(tries), 50, IMAGES)
-    index = torch.randperm(len(split), generator=stream(0))[:most]
+    count = affordable(_tested(tries[0], split), split, WORK, len(tries), 50, most)
+    index = torch.randperm(len(split), generator=stream(0))[:count].to(split.labels.device)
     found = []
     for reading in tqdm(tries, desc="readings compared", leave=False, delay=2, disable=not watched()):
-        chosen = images(reading.network).train.take(index.to(split.labels.device))
-        model = _tested(reading, chosen)
-        parts = [predict(model, x) == y for x, y in (chosen.batch(rows) for rows in batches(chosen, 100))]
-        found.append(torch.cat(parts).cpu().numpy())
+        chosen = images(reading.network).train.take(index)
+        model, y = _tested(reading, chosen), chosen.labels
+        with torch.no_grad():
+            outputs = torch.cat([logits(model, chosen.batch(rows)[0]) for rows in batches(chosen, 100)])
+        losses = [F.cross_entropy(outputs * scale, y, reduction="none") for scale in SCALES]
+        loss = min(losses, key=lambda values: values.mean().item())
+        found.append(_Score((outputs.argmax(1) == y).cpu().numpy(), loss.cpu().numpy()))
     return found
 
 
@@ -250,9 +292,3 @@ def _tested(reading: Reading, split: Split) -> nn.Module:
             "classes: it must return one logit for each of them"
         )
     return module
-
-
-def _worse(one: np.ndarray, other: np.ndarray, least: float = 0.0, sure: float = 3.0) -> bool:
-    """Whether one reading is worse than another on the same images: by `least`, and by so many standard errors."""
-    gained, lost = (other & ~one).sum(), (one & ~other).sum()
-    return bool(gained - lost > max(least * len(one), sure * math.sqrt(gained + lost)))

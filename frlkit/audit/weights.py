@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import pickletools
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +52,7 @@ class Weights:
     mean: tuple[float, ...] | None = None  # of a Normalize in front, for images in [0, 1]: a number, or one a channel
     std: tuple[float, ...] | None = None
     error: float | None = None  # the natural error, a fraction, that the file says it has
+    own: str = ""  # of a run of this kit, the network's name; its images are in [0, 1]
 
 
 def find(path: Path, key: str = "") -> Weights:
@@ -73,7 +77,7 @@ def find(path: Path, key: str = "") -> Weights:
     inner = _shared(tensors)
     tensors = {name.removeprefix(inner): tensor for name, tensor in tensors.items()}
     others = tuple(place for place in places if place != chosen)
-    return Weights(path, named, tensors, chosen, outer + inner, others, *front, _said_error(content))
+    return Weights(path, named, tensors, chosen, outer + inner, others, *front, _said_error(content), _own(path))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -144,16 +148,25 @@ def _content(path: Path) -> Any:
             if advice := _advice(path):
                 raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded: {advice}") from None
             raise error from None
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
+        return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise KitError(f"there is no file {path}: give the path of a file of weights") from None
     except OSError as error:
         raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged file can raise anything
         raise KitError(f"{path} is no whole file of safetensors ({error})") from None
+
+
+def _own(path: Path) -> str:
+    """Which of the kit's networks a finished run's file holds, by its header; "" for any other file."""
+    if path.suffix != ".safetensors":
+        return ""
+    with safetensors.safe_open(path, framework="pt") as file:
+        head = file.metadata() or {}
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(head["config"])["model"]) if "frlkit" in head else ""
+    return ""
 
 
 def _advice(path: Path) -> str:
