@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -44,8 +44,8 @@ EPS, STEP = 8 / 255, 2 / 255
 NETWORKS = {
     "cnn3": (128, 35_219),
     "cnn4": (128, 25_800),
-    "preact_resnet18_w16": (32, 45_000),
-    "preact_resnet18": (4, 45_000),  # trained alone: minutes a row otherwise
+    "preact_resnet18_w16": (64, 45_000),
+    "preact_resnet18": (16, 45_000),  # training only: minutes a row
 }
 BASELINES = ("torchattacks", "adv-lib")
 Attacker = Callable[[Tensor, Tensor], Tensor]
@@ -210,10 +210,13 @@ def _stands(model: nn.Module, test: Split, attack: Attack, start: int) -> Tensor
 
 @click.command()
 @click.option("--rounds", default=3, show_default=True)
+@click.option(
+    "--network", "networks", type=click.Choice(list(NETWORKS)), multiple=True, help="Only this; may be repeated."
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--run", "place", type=click.Path(path_type=Path), help="A trained run, to compare number formats on.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there.")
-def main(rounds: int, device: str, place: Path | None, out: Path | None) -> None:
+def main(rounds: int, networks: Sequence[str], device: str, place: Path | None, out: Path | None) -> None:
     """Time the colour networks with both libraries and with the kit on this machine."""
     where = data.pick_device(device)
     torch.set_num_threads(1)  # as runs have
@@ -222,10 +225,13 @@ def main(rounds: int, device: str, place: Path | None, out: Path | None) -> None
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": torch.cpu._is_avx512_bf16_supported() if where.type == "cpu" else True,
         "rounds": rounds,
-        "rows": [row for name in NETWORKS for row in rows(name, rounds, where)],
+        "rows": [row for name in networks or NETWORKS for row in rows(name, rounds, where)],
         "versions": {**records.versions(), "torchattacks": torchattacks.__version__, "adv-lib": version("adv-lib")},
     }
-    before = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {}
+    before = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {"rows": []}
+    if networks:  # the others' rows stay
+        result["rows"] += [row for row in before["rows"] if row["model"] not in networks]
+        result["rows"].sort(key=lambda row: list(NETWORKS).index(row["model"]))
     if place or "formats" in before:
         result["formats"] = formats(place, where) if place else before["formats"]
     text = json.dumps(result, indent=1)

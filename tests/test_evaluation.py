@@ -124,7 +124,7 @@ class TestClassErrors:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def spy(model: nn.Module, x: Tensor, y: Tensor, *rest: Any, **names: Any) -> Tensor:
-            calls.append((rest, {name: value for name, value in names.items() if name != "generator"}))
+            calls.append((rest, {key: value for key, value in names.items() if key not in ("generator", "only")}))
             return x
 
         monkeypatch.setattr(evaluation, "pgd", spy)
@@ -224,6 +224,7 @@ class TestRecord:
     def test_what_it_holds(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
         path = tmp_path / "record.json"
         record = records.evaluate(model, tiny, [QUICK, OTHER], path=path, about={"config": {"seed": 3}})
+        assert record["training_counts"] == [20] * 10
         assert record == json.loads(path.read_text(), parse_constant=never)
         assert record["config"] == {"seed": 3}
         assert record["dataset"] == "digits"

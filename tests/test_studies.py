@@ -12,7 +12,7 @@ import pytest
 
 from frlkit import PROJECT, KitError, training
 from frlkit.data import Dataset
-from frlkit.recipes import configure, described
+from frlkit.recipes import configure, described, start_of
 from frlkit.report import names, studies
 
 SHIPPED = PROJECT / "checkpoints"
@@ -34,6 +34,20 @@ def test_lengths(recipe: str, frl_epochs: int, expected: dict[str, int]) -> None
     values = studies.values(recipe, **{**LENGTHS, "frl_epochs": frl_epochs})
     config = vars(configure(recipe, "fashion_mnist", 0, **values))
     assert {key: config[key] for key in expected} == expected
+
+
+def test_a_network_of_ones_own_is_also_the_starts() -> None:
+    values = studies.values("uniform", **LENGTHS, model="preact_resnet18_w16")
+    config = configure("uniform", "cifar10", 0, **values)
+    assert config.model == start_of(config).model == "preact_resnet18_w16"
+
+
+@pytest.mark.parametrize(("epochs", "every"), [(100, 40), (15, 6), (1, 1)])
+def test_a_short_run_has_the_papers_schedule(epochs: int, every: int) -> None:
+    assert configure("pgd_at", "cifar10", 0, epochs=epochs).lr_every == every
+    assert configure("pgd_at,lr_every=7", "cifar10", 0, epochs=epochs).lr_every == 7
+    assert configure("uniform", "cifar10", 0, epochs=epochs).lr_every == 40  # retraining keeps its rate
+    assert configure("pgd_at", "gtsrb", 0, epochs=epochs).lr_every == 4
 
 
 @pytest.mark.parametrize("title", names.METHODS)

@@ -42,6 +42,44 @@ def test_scores_by_hand() -> None:
         assert row[f"{kind} worst"] == pytest.approx(worst)
 
 
+def test_scores_over_images_by_hand() -> None:
+    """A class of 30 images and one of 10."""
+    unbalanced = {"control": [{**record(0, [0.1, 0.3], [0.4, 0.5]), "class_counts": [30, 10]}]}
+    row = tables.scores(unbalanced).loc[("control", 0)]
+    assert row["natural average"] == pytest.approx(20)
+    assert row["natural average over images"] == pytest.approx(15)
+    assert row["boundary average over images"] == pytest.approx(27.5)
+    assert row["robust average over images"] == pytest.approx(42.5)
+
+
+class TestSigns:
+    """Classes that differ in size, and a third radius."""
+
+    SIGN = {
+        **record(3, [0.1, 0.3], [0.4, 0.5]),
+        "class_names": ["Stop", "Yield"],
+        "class_counts": [30, 10],
+        "images": 40,
+    }
+
+    def test_the_papers_radius_where_every_record_has_it(self) -> None:
+        attack = {"attack": vars(Attack(12.0)), "robust": [0.6, 0.7]}
+        more = {**self.SIGN, "attacks": [*self.SIGN["attacks"], attack]}
+        table = tables.statistics(tables.tidy({"pgd_at": [more]}))
+        assert table.loc[("pgd_at", "PGD-20 12/255"), ["average", "average over images", "best"]].tolist() == (
+            pytest.approx([65, 62.5, 60])
+        )
+        both = tables.tidy({"pgd_at": [more], "natural": [self.SIGN]})
+        assert set(both["measure"]) == set(tables.MEASURES)
+
+    def test_sizes_and_caption_name_the_training_images_where_they_are_known(self) -> None:
+        known = {**self.SIGN, "training_counts": [1300, 200]}
+        assert tables.sizes({"natural": [known]}, "natural").loc[3].to_dict() == {"Stop": 1300, "Yield": 200}
+        assert tables.sizes({"natural": [self.SIGN]}, "natural").loc[3].to_dict() == {"Stop": 30, "Yield": 10}
+        assert tables.note("signs", "a CNN", known) == "signs, a CNN; 1,500 training and 40 test images"
+        assert tables.note("signs", "a CNN", self.SIGN) == "signs, a CNN; 40 test images"
+
+
 def test_differences_pair_the_seeds() -> None:
     changes = tables.against(tables.scores(RECORDS), "control")
     assert list(changes.index) == [("method", 1), ("method", 0)]

@@ -233,6 +233,14 @@ class TestLoss:
         attacked = torch.stack([1 - image if number < count else image for number, image in enumerate(x)])
         torch.testing.assert_close(found, F.cross_entropy(model(attacked), y))
 
+    def test_n_fgsm_is_one_step_as_long_as_the_radius(self, model: nn.Module, tiny: Dataset) -> None:
+        x, y = tiny.train.batch(slice(0, 20))
+        config = recipes.configure("n_fgsm", "digits", 0, eps_255=12, step_255=3)
+        assert config.steps == 1
+        attacked = attacks.n_fgsm(model, x, y, 12 / 255, stream(4))
+        assert not torch.equal(attacked, x)
+        torch.testing.assert_close(losses.loss(model, x, y, config, stream(4)), F.cross_entropy(model(attacked), y))
+
     def test_trades_is_as_its_paper_writes_it(self, model: nn.Module, tiny: Dataset) -> None:
         x, y = tiny.train.batch(slice(0, 30))
         config = Config("trades", beta=4.0, eps_255=16, step_255=4, steps=3)

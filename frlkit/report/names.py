@@ -13,6 +13,8 @@ METHODS: dict[str, str] = {
     "Natural training": "natural",
     "PGD-AT, half of each batch": "pgd_at_half",
     "PGD-AT": "pgd_at",
+    "PGD-AT, five steps": "pgd_at,steps=5",
+    "N-FGSM, one step": "n_fgsm",
     "TRADES": "trades",
     # the kit's retraining loop, and what differs from a method in one thing
     "Control": "uniform",

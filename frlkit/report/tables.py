@@ -244,7 +244,7 @@ def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
                 for kind, errors in kinds.items()
                 for what, how in (("average", "mean"), ("worst", "max"))
             }
-            if len(set(images := record["class_counts"])) > 1:
+            if len(set(images := record.get("class_counts", ()))) > 1:
                 over = {f"{kind} average over images": 100 * np.average(e, weights=images) for kind, e in kinds.items()}
                 rows[recipe, record["config"]["seed"]] |= over
     columns = [f"{kind} {what}" for kind in ("natural", "boundary", "robust") for what in ("average", "worst")]
