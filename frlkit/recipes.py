@@ -14,10 +14,8 @@ from frlkit import KitError, fairness, models
 from frlkit.data import check_name
 from frlkit.values import Count, Pixels, Positive, Seed, Share, Size, checked, fields_of, from_text, to_text
 
-
-def _named_data_set(name: str) -> str:
-    check_name(name)
-    return name
+OWN = "weights-"  # how the start of a network that was lent begins
+_Lent = Annotated[str, Field(pattern=rf"^{OWN}[0-9a-f]{{16}}$")]  # told by the head of its weights' digest
 
 
 @checked
@@ -25,7 +23,7 @@ class Config:
     """Everything that decides a run's result; radius and step in 1/255. A value that does not fit raises `KitError`."""
 
     method: Literal["natural", "pgd_at", "trades", "n_fgsm"]  # n_fgsm: its one step is as long as the radius
-    dataset: Annotated[str, AfterValidator(_named_data_set)] = "fashion_mnist"
+    dataset: Annotated[str, AfterValidator(check_name)] = "fashion_mnist"
     model: Annotated[str, AfterValidator(models.known)] = "lenet5"
     seed: Seed = 0
     epochs: Annotated[int, Field(ge=1, le=10**5)] = 15
@@ -54,12 +52,8 @@ class FairConfig(fairness.Rule, Config):
     """A retraining run (FRL): goes on from the finished run of `start` with the same seed, data set and batch size."""
 
     method: Literal["frl", "pgd_at", "report_reweight", "report_remargin", "intercept", "certified"]
-    start: (
-        Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "certified", "random"]
-        | Annotated[str, Field(pattern=r"^weights-[0-9a-f]{16}$")]
-    ) = "pgd_at"  # whose weights ...
-    start_epochs: Annotated[int, Field(ge=1, le=10**5)] = 15  # ... after so many epochs; random: from nothing;
-    # weights-DIGEST: from those of a network that was lent (`models.lend`), told by the head of their digest
+    start: Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "certified", "random"] | _Lent = "pgd_at"
+    start_epochs: Annotated[int, Field(ge=1, le=10**5)] = 15  # of that run; random or a network that was lent: of none
     updates: Annotated[int, Field(ge=1, le=10**5)] = 1  # of the multipliers in each epoch, evenly spaced
     inner_epochs: Annotated[int, Field(ge=1, le=10**5)] = 1  # only every so many epochs (BEST of Algorithm 1)
     measure_255: Pixels = 8.0  # radius at which the errors behind an update are measured (PGD-20, step 2/255)
@@ -228,7 +222,6 @@ REPORT_FAULTS: dict[str, str] = {
 _LONG = {"optimizer": "sgd", "weight_decay": 5e-4, "lr_divide": 10.0, "lr_every": 40}  # of 100 epochs (`configure`)
 _COLOUR = {"model": "preact_resnet18", **_LONG, "precision": "bf16"}
 _SIGNS = {"eps_255": 12.0, "step_255": 3.0, "precision": "bf16"}
-_AGAIN = {"lr": 1e-3}
 #: What a data set asks for, beneath a recipe's own fields; from nothing, and when a finished run is retrained.
 #:
 #: CIFAR-10 and SVHN have the paper's schedule: SGD, momentum 0.9, weight decay 5e-4, the rate divided by 10 after 40 %
@@ -236,14 +229,12 @@ _AGAIN = {"lr": 1e-3}
 #: preliminary study's LeNet-5, with Adam, at the paper's 12/255. Both compute in bf16, in training alone. Epochs and
 #: batch size are in ``notebooks/profiles``. Anyone's images (``folder:``) get the three-layer CNN.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "cifar10": ({**_COLOUR, "lr": 0.1, "augment": "crop_flip"}, {**_COLOUR, **_AGAIN, "augment": "crop_flip"}),
-    "svhn": ({**_COLOUR, "lr": 0.01}, {**_COLOUR, **_AGAIN}),
+    "cifar10": ({**_COLOUR, "lr": 0.1, "augment": "crop_flip"}, {**_COLOUR, "lr": 1e-3, "augment": "crop_flip"}),
+    "svhn": ({**_COLOUR, "lr": 0.01}, {**_COLOUR, "lr": 1e-3}),
     "gtsrb": ({**_SIGNS, "model": "cnn3"}, {**_SIGNS, "model": "cnn3", "measure_255": 12.0}),
     "gtsrb17": ({**_SIGNS, "model": "cnn4"}, {**_SIGNS, "model": "cnn4", "measure_255": 12.0}),
     "folder": ({"model": "cnn3"}, {"model": "cnn3"}),
 }
-
-OWN = "weights-"  # how the start of a network that was lent begins
 
 #: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
 LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary", "kappa", "ramp")
@@ -260,8 +251,7 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     known = [key for key in fields_of(kind) if key not in ("dataset", "seed")]
     if unknown := set(values) - set(known):
         raise KitError(f"{min(unknown)!r} is no field of a run of {name}: use {', '.join(known)}")
-    check_name(dataset)
-    asked = SETTINGS.get(dataset.partition(":")[0], ({}, {}))[kind is FairConfig]
+    asked = SETTINGS.get(check_name(dataset).partition(":")[0], ({}, {}))[kind is FairConfig]
     epochs = {"epochs": Config.epochs, **values, **varied}["epochs"]
     if kind is Config and "lr_every" in asked and isinstance(epochs, int):  # a shorter run has the same schedule
         asked = {**asked, "lr_every": max(1, round(asked["lr_every"] * epochs / 100))}

@@ -37,14 +37,15 @@ def read(
     return source.class_names, parts, pixels, [] if source.form else source.notes + notes
 
 
-def check_name(name: str) -> None:
-    """Refuse a data set that is neither in `READERS` nor ``folder:PATH``."""
+def check_name(name: str) -> str:
+    """The name, where it is one of `READERS` or ``folder:PATH``; raises `KitError` for another."""
     if not isinstance(name, str) or (name not in READERS and not name.startswith(FOLDER)):
         raise KitError(f"dataset = {name!r} is unknown: use one of {', '.join(READERS)}, or {FOLDER}PATH")
     if not name.removeprefix(FOLDER).strip():
         raise KitError(f"dataset = {name!r} names no folder: use {FOLDER}PATH, with train/<class>/* and test/<class>/*")
     if not folders.printable(name):
         raise KitError(f"dataset = {name!r} has characters that no table can show: rename the folder, or link to it")
+    return name
 
 
 def _place(name: str) -> Path:
