@@ -121,7 +121,8 @@ def train(
             tensors = data.load(dataset, device=place)
         else:
             read = readings.read(start, dataset, device=place, **reading)
-            recipe, own = fairer.going_on(recipe, read.model, read.reading["model"])
+            of = (read.reading["model"], len(read.data.train), batch_size)
+            recipe, own = fairer.going_on(recipe, read.model, *of)
             tensors, configs = read.data, [configure(recipe, dataset, seed, **own, **values) for seed in seeds]
         for config in configs:
             folder = place_of.folder(runs, recipe, config)

@@ -129,10 +129,9 @@ def fairer(
     attack = Attack() if eps is None else Attack(eps, eps / 4)
     radius = {} if eps is None else {"eps_255": eps, "step_255": eps / 4, "measure_255": eps}
     given = {"reading": read.reading, "known": read.doubts, "most": images, "command": _command()}
-    audits = retraining.compare(
-        *(read.model, read.reading["model"], read.data, runs, lambda model: measure(model, read.data, attack, **given)),
-        **{"recipe": recipe, "title": names.title(recipe), "seed": seed, **values, **radius},
-    )
+    asked = {"recipe": recipe, "title": names.title(recipe), "seed": seed, **values, **radius}
+    found = retraining.versions(read.model, read.reading["model"], read.data, runs, **asked)
+    audits = [{"title": title, **measure(model, read.data, attack, **given)} for title, model in found]
     for sentence in card.comparison(audits)["says"]:
         click.echo(sentence)
     click.echo(f"written: {card.write(audits, output)}")

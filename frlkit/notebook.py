@@ -74,8 +74,9 @@ PARAMETERS: dict[str, Any] = {
     "RADII": Annotated[list[Annotated[float, Field(gt=0, le=255)]], AfterValidator(_distinct)],
     "ROUNDS": Annotated[int, Field(ge=0, le=100)],
     "WEIGHTS": str,
-    "MODEL": str,  # `configure`, and in notebook 06 `readings.read`, say which there are
-    "DATA": Annotated[str, PlainValidator(_data_set)],  # of one's own model: no profile sets it
+    "MODEL": str,  # `configure` says which there are
+    "NETWORK": str,  # `readings.read` says which there are
+    "DATA": Annotated[str, PlainValidator(_data_set)],  # of one's own model, as are its neighbours: no profile sets it
     "RETRAIN_SEEDS": Seeds,
     "RETRAIN_EPOCHS": Annotated[int, Field(ge=0, le=1000)],
     "SEED": Annotated[int, Field(ge=0, le=10**6)],

@@ -14,6 +14,9 @@ from frlkit import KitError, fairness, models
 from frlkit.data import check_name
 from frlkit.values import Count, Pixels, Positive, Seed, Share, Size, checked, fields_of, from_text, to_text
 
+OWN = "weights-"  # how the start of a network that was lent begins
+_Lent = Annotated[str, Field(pattern=rf"^{OWN}[0-9a-f]{{16}}$")]  # told by the head of its weights' digest
+
 
 @checked
 class Config:
@@ -49,12 +52,8 @@ class FairConfig(fairness.Rule, Config):
     """A retraining run (FRL): goes on from the finished run of `start` with the same seed, data set and batch size."""
 
     method: Literal["frl", "pgd_at", "report_reweight", "report_remargin", "intercept", "certified"]
-    start: (
-        Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "certified", "random"]
-        | Annotated[str, Field(pattern=r"^weights-[0-9a-f]{16}$")]
-    ) = "pgd_at"  # whose weights ...
-    start_epochs: Annotated[int, Field(ge=1, le=10**5)] = 15  # ... after so many epochs; random: from nothing;
-    # weights-DIGEST: from those of a network that was lent (`models.lend`), told by the head of their digest
+    start: Literal["natural", "pgd_at_half", "pgd_at", "trades", "uniform", "certified", "random"] | _Lent = "pgd_at"
+    start_epochs: Annotated[int, Field(ge=1, le=10**5)] = 15  # of that run; random or a network that was lent: of none
     updates: Annotated[int, Field(ge=1, le=10**5)] = 1  # of the multipliers in each epoch, evenly spaced
     inner_epochs: Annotated[int, Field(ge=1, le=10**5)] = 1  # only every so many epochs (BEST of Algorithm 1)
     measure_255: Pixels = 8.0  # radius at which the errors behind an update are measured (PGD-20, step 2/255)
@@ -223,16 +222,14 @@ REPORT_FAULTS: dict[str, str] = {
 _LONG = {"optimizer": "sgd", "weight_decay": 5e-4, "lr_divide": 10.0, "lr_every": 40}  # of 100 epochs (`configure`)
 _COLOUR = {"model": "preact_resnet18", **_LONG, "precision": "bf16"}
 _SIGNS = {"eps_255": 12.0, "step_255": 3.0, "precision": "bf16"}
-_AGAIN = {"lr": 1e-3}
-OWN = "weights-"  # how the start of a network that was lent begins
 #: What a data set asks for, beneath a recipe's own fields; from nothing, and when a finished run is retrained.
 #:
 #: CIFAR-10 and SVHN have the paper's schedule: SGD, momentum 0.9, weight decay 5e-4, the rate divided by 10 after 40 %
-#: and 80 % of the epochs; retraining begins at 0.001, as in the authors' code. GTSRB's plain CNNs train like LeNet-5, with
-#: Adam, at the paper's 12/255. Training is in bf16. Epochs and batch size: ``notebooks/profiles``.
+#: and 80 % of the epochs; retraining begins at 0.001, as in the authors' code. GTSRB's plain CNNs are trained as the
+#: preliminary study's LeNet-5, at the paper's 12/255. Training is in bf16. Epochs, batch size: ``notebooks/profiles``.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "cifar10": ({**_COLOUR, "lr": 0.1, "augment": "crop_flip"}, {**_COLOUR, **_AGAIN, "augment": "crop_flip"}),
-    "svhn": ({**_COLOUR, "lr": 0.01}, {**_COLOUR, **_AGAIN}),
+    "cifar10": ({**_COLOUR, "lr": 0.1, "augment": "crop_flip"}, {**_COLOUR, "lr": 1e-3, "augment": "crop_flip"}),
+    "svhn": ({**_COLOUR, "lr": 0.01}, {**_COLOUR, "lr": 1e-3}),
     "gtsrb": ({**_SIGNS, "model": "cnn3"}, {**_SIGNS, "model": "cnn3", "measure_255": 12.0}),
     "gtsrb17": ({**_SIGNS, "model": "cnn4"}, {**_SIGNS, "model": "cnn4", "measure_255": 12.0}),
     "folder": ({"model": "cnn3"}, {"model": "cnn3"}),

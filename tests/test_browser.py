@@ -18,12 +18,13 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+from test_card import ODD, full
 
 import frlkit
-from frlkit.report import claims, pages
+from frlkit.report import card, claims, pages
 
 NOTEBOOKS = frlkit.PROJECT / "notebooks"
-THEORY, REWEIGHT = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03"))
+THEORY, REWEIGHT, OWN = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03", "06"))
 MINUTE = 60_000  # milliseconds, as Playwright counts
 ERRORS = '[data-mime-type="application/vnd.jupyter.stderr"]'  # how JupyterLab shows exceptions, and stderr
 # Whether every code cell has its number, or one has failed (those after it then wait no longer).
@@ -149,6 +150,7 @@ def run_all(page: Any, lab: Lab, name: str) -> None:
     [
         (THEORY, ["-p", "FIGURES", "figures"]),  # its defaults, except that the project's figures stay as they are
         (REWEIGHT, ["-f", str(NOTEBOOKS / "profiles" / "smoke.yaml")]),
+        (OWN, ["-f", str(NOTEBOOKS / "profiles" / "smoke.yaml")]),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else "",
 )
@@ -243,6 +245,36 @@ def test_index_by_day_and_by_night_on_a_desk_and_on_a_phone(browser: Any, tmp_pa
             assert (light + 0.05) / (dark + 0.05) >= 4.5
         context.close()
     assert luminance(seen["dark"][0][1]) < 0.1 < 0.9 < luminance(seen["light"][0][1])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_report_card_by_day_and_by_night_on_a_desk_and_on_a_phone(count: int, browser: Any, tmp_path: Path) -> None:
+    """One audit, with odd names, or three side by side; nothing is fetched, and pictures follow the scheme."""
+    titles = ("before", "control", "a" * 60)
+    audits = [full(class_names=[*ODD, "8", "9", "10"], title=title) for title in titles[:count]]
+    address = card.write(audits, tmp_path).as_uri()
+    for scheme, width in (("light", 1300), ("dark", 390)):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.goto(address, wait_until="load")
+        page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
+        assert [url for url in asked if not url.startswith("data:")] == [address]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("img").count() == 5 * count + (count > 1)
+        assert page.locator("img").evaluate_all(BROKEN) == []
+        dark = "image => image.currentSrc === image.parentElement.querySelector('source').srcset"
+        assert page.locator("img").first.evaluate(dark) is (scheme == "dark")
+        assert page.locator("script").count() == 0
+        assert "bad" not in page.title()
+        shown = page.locator("table.classes").first.locator("td:first-child bdi").all_text_contents()
+        assert sorted(shown) == sorted(" ".join(name.split()) or "(no name)" for name in (*ODD, "8", "9", "10"))
+        style = "node => [getComputedStyle(node).color, getComputedStyle(document.body).backgroundColor]"
+        for words in (page.locator(part).first.evaluate(style) for part in (".lead", ".faint", "figcaption", "th")):
+            low, high = sorted(map(luminance, words))
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+        context.close()
 
 
 def luminance(colour: str) -> float:

@@ -120,6 +120,15 @@ class TestCorrelation:
         lonely = table([[3, 1, 4, 2, 5, 0, 2.5, 80]] * 5)
         assert verdict(rules.correlated("hard-least-robust", difficulty, {"PGD-AT": lonely})) == "not established"
 
+    @pytest.mark.parametrize(
+        ("wrong", "expected"),
+        [([90, 10, 20], "confirmed"), ([90, 85, 20], "not established"), ([9, 9], "not established")],
+    )
+    def test_hardest_on_images(self, wrong: list[int], expected: str) -> None:
+        question = rules.hardest("own-hardest", wrong, [100] * len(wrong), ["a\nb", "c", "d"][: len(wrong)])
+        assert verdict(question) == expected
+        assert question.comparisons[0].says.startswith(f"a b {wrong[0]}.0 %, next ")
+
     def test_every_class_is_left_out(self) -> None:
         from scipy.stats import spearmanr
 

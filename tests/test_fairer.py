@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import tiny_dataset
 from torch import Tensor, nn
 
 from frlkit import KitError, checkpoint, models, recipes, runs, training
-from frlkit.audit import fairer
+from frlkit.__main__ import main
+from frlkit.audit import example, fairer
 from frlkit.data import Dataset, Split
 
 
@@ -128,6 +130,27 @@ def test_four_versions(small: Dataset, tmp_path: Path) -> None:
         shift = found["output biases moved"].eval()(x) - model(x)
         torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-5)
         assert shift.abs().max() > 0
-    measured = fairer.compare(model, "net", small, tmp_path, lambda model: {"kind": type(model).__name__}, **asked)
-    assert measured[0] == {"title": "before", "kind": "Net"}
-    assert measured[3]["kind"] == "Shifted"
+    histories = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.rglob("history.json")]
+    assert sorted(history["config"].get("ema", 0) for history in histories) == [0, 0.5, 0.5]  # two batches an epoch
+
+
+def test_the_commands_share_their_runs(tmp_path: Path) -> None:
+    """`train --start` makes the control that `fairer` then reloads; the card lies where it was asked for."""
+    weights, asked = example.weights(), ["--dataset", "digits", "--epochs", "1", "--runs", str(tmp_path)]
+    done = CliRunner().invoke(main, ["train", "uniform", "--start", str(weights), *asked])
+    assert done.exit_code == 0, done.output
+    (control,) = tmp_path.glob("digits/uniform,start=weights-*/seed0/weights.safetensors")
+    made = control.stat().st_mtime_ns
+    words = ["fairer", str(weights), *asked, "--recipe", "algorithm1_both,steps=1", "--images", "100"]
+    done = CliRunner().invoke(main, [*words, "--output", str(tmp_path / "card")])
+    assert done.exit_code == 0, done.output
+    assert control.stat().st_mtime_ns == made
+    kept = json.loads((tmp_path / "card" / "card.json").read_text(encoding="utf-8"))
+    assert [audit["title"] for audit in kept][::3] == ["before", "output biases moved"]
+    assert f"written: {tmp_path / 'card' / 'card.html'}" in done.output
+
+
+def test_a_network_without_its_file_is_refused() -> None:
+    done = CliRunner().invoke(main, ["train", "uniform", "--model", "net.py:net", "--dataset", "digits"])
+    assert done.exit_code == 1
+    assert "--model is about the network of --start: give that file too, or leave it out" in done.output

@@ -6,7 +6,7 @@ their folder's name, so another file of weights is another run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from frlkit import models, runs
 from frlkit.data import Dataset
-from frlkit.recipes import configure
+from frlkit.recipes import FAIR, configure
 
 BEFORE, CONTROL, INTERCEPT = "before", "control (equal weights)", "output biases moved"
 
@@ -33,9 +33,17 @@ class Shifted(nn.Module):
         return self.network(images) + self.bias[0]
 
 
-def going_on(recipe: str, model: nn.Module, name: str) -> tuple[str, dict[str, Any]]:
-    """A retraining recipe that goes on from a network as it stands, and the field of its configuration that says so."""
-    return f"{recipe},start={runs.own_start(model)}", {"model": models.lend(name, model)}
+def going_on(recipe: str, model: nn.Module, name: str, images: int, batch_size: int) -> tuple[str, dict[str, Any]]:
+    """A retraining recipe that goes on from a network as it stands, and the fields of its configuration for it.
+
+    Where the recipe averages weights, it does so over about one epoch of `images` training images: its own decay is
+    Fashion-MNIST's, with which a small data set's weights would hardly leave their start.
+    """
+    own: dict[str, Any] = {"model": models.lend(name, model)}
+    known = FAIR.get(recipe.partition(",")[0])
+    if known is not None and known.values.get("ema"):
+        own["ema"] = round(max(0.0, 1 - batch_size / images), 3)
+    return f"{recipe},start={runs.own_start(model)}", own
 
 
 def retrain(
@@ -53,7 +61,7 @@ def retrain(
 
     Raises `KitError` for a recipe that starts from nothing, and what `runs.run` raises.
     """
-    recipe, own = going_on(recipe, model, name)
+    recipe, own = going_on(recipe, model, name, len(tensors.train), values.get("batch_size", 100))
     config = configure(recipe, tensors.name, seed, **own, **values)
     return runs.run(config, tensors, runs.folder(place, recipe, config))
 
@@ -77,18 +85,6 @@ def versions(
     yield title, retrain(recipe, model, name, tensors, place, seed, **values)
     movable = model if _ends_in_biases(model, tensors) else Shifted(model, len(tensors.class_names))
     yield INTERCEPT, retrain("intercept", movable, name, tensors, place, seed)
-
-
-def compare(
-    model: nn.Module,
-    name: str,
-    tensors: Dataset,
-    place: Path,
-    measure: Callable[[nn.Module], dict[str, Any]],
-    **asked: Any,
-) -> list[dict[str, Any]]:
-    """An audit (`measure`) of each of `versions`, for `frlkit.report.card.write`; `asked` are those of `versions`."""
-    return [{"title": title, **measure(found)} for title, found in versions(model, name, tensors, place, **asked)]
 
 
 @torch.no_grad()

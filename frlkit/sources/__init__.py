@@ -38,7 +38,7 @@ def read(
 
 
 def check_name(name: str) -> str:
-    """The name of a data set, unless it is neither in `READERS` nor ``folder:PATH``: then `KitError` is raised."""
+    """The name, where it is one of `READERS` or ``folder:PATH``; raises `KitError` for another."""
     if not isinstance(name, str) or (name not in READERS and not name.startswith(FOLDER)):
         raise KitError(f"dataset = {name!r} is unknown: use one of {', '.join(READERS)}, or {FOLDER}PATH")
     if not name.removeprefix(FOLDER).strip():
