@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
+from pydantic.fields import FieldInfo
 
 from frlkit import KitError, fairness, models
 from frlkit.data import check_name
@@ -103,6 +104,7 @@ _REPORT_LOOP = {**_REPORT, "method": "report_reweight", "eps_255": 16.0}
 _CERTIFIED = {**_ALGORITHM1, "method": "certified", "start": "certified", "start_epochs": 20, "boundary": "certified"}
 _REWEIGHT, _MARGIN = {"alpha_bdy": 0.3}, {"alpha_margin": 3.0}
 _BOTH = {**_REWEIGHT, **_MARGIN}
+_WIDE, _RANDOM = {"eps_255": 12.0, "step_255": 3.0}, {"start": "random", "epochs": 27}
 
 #: From nothing, the preliminary study's: what differs between its models. Schedule and optimiser are the same.
 BASE: dict[str, Recipe] = {
@@ -139,12 +141,8 @@ FAIR: dict[str, Recipe] = {
     "natural_only": Recipe("Natural multipliers alone (control)", "control", _ALGORITHM1),
     "boundary_only": Recipe("Boundary multipliers alone (control)", "control", {**_LOOP, **_REWEIGHT}),
     "radii_only": Recipe("Radii without multipliers (control)", "control", {**_LOOP, **_MARGIN}),
-    "constant_radius": Recipe(
-        "Natural multipliers, 12/255 for all (control)", "control", {**_ALGORITHM1, "eps_255": 12.0, "step_255": 3.0}
-    ),
-    "constant_margin": Recipe(
-        "Equal weights, 12/255 for all (control)", "control", {**_LOOP, "eps_255": 12.0, "step_255": 3.0}
-    ),
+    "constant_radius": Recipe("Natural multipliers, 12/255 for all (control)", "control", {**_ALGORITHM1, **_WIDE}),
+    "constant_margin": Recipe("Equal weights, 12/255 for all (control)", "control", {**_LOOP, **_WIDE}),
     "intercept": Recipe("Output biases moved, nothing else (control)", "control", _INTERCEPT),
     "head_norms": Recipe(
         "Norms of the output's rows tuned, nothing else (control)",
@@ -161,12 +159,8 @@ FAIR: dict[str, Recipe] = {
         "CFA's direction, Wei et al. 2023",
         {**_ALGORITHM1, "alpha_margin": -3.0, "radius_low": 0.5, "radius_high": 1.0},
     ),
-    "random_start_uniform": Recipe(
-        "From random weights, equal weights (control)", "control", {**_LOOP, "start": "random", "epochs": 27}
-    ),
-    "random_start_both": Recipe(
-        "Algorithm 1, both, from random weights", "paper", {**_ALGORITHM1, **_BOTH, "start": "random", "epochs": 27}
-    ),
+    "random_start_uniform": Recipe("From random weights, equal weights (control)", "control", {**_LOOP, **_RANDOM}),
+    "random_start_both": Recipe("Algorithm 1, both, from random weights", "paper", {**_ALGORITHM1, **_BOTH, **_RANDOM}),
     "printed_reweight": Recipe("Reweight as printed", "paper", {**_PRINTED, "alpha_bdy": 0.1}),
     "printed_remargin": Recipe("Remargin as printed", "paper", {**_PRINTED, "alpha_margin": 0.4}),
     "printed_both": Recipe("Both as printed", "paper", {**_PRINTED, "alpha_bdy": 0.1, "alpha_margin": 0.4}),
@@ -221,7 +215,7 @@ REPORT_FAULTS: dict[str, str] = {
 
 _LONG = {"optimizer": "sgd", "weight_decay": 5e-4, "lr_divide": 10.0, "lr_every": 40}  # of 100 epochs (`configure`)
 _COLOUR = {"model": "preact_resnet18", **_LONG, "precision": "bf16"}
-_SIGNS = {"eps_255": 12.0, "step_255": 3.0, "precision": "bf16"}
+_SIGNS = {**_WIDE, "precision": "bf16"}
 #: What a data set asks for, beneath a recipe's own fields; from nothing, and when a finished run is retrained.
 #:
 #: CIFAR-10 and SVHN have the paper's schedule: SGD, momentum 0.9, weight decay 5e-4, the rate divided by 10 after 40 %
@@ -246,8 +240,7 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     them. Raises `KitError` for an unknown recipe or field, or a value that does not fit.
     """
     name, varied = _parts(recipe)
-    kind = FairConfig if name in FAIR else Config
-    known = [key for key in fields_of(kind) if key not in ("dataset", "seed")]
+    kind, known = FairConfig if name in FAIR else Config, _fields(name)
     if unknown := set(values) - set(known):
         raise KitError(f"{min(unknown)!r} is no field of a run of {name}: use {', '.join(known)}")
     asked = SETTINGS.get(check_name(dataset).partition(":")[0], ({}, {}))[kind is FairConfig]
@@ -263,15 +256,19 @@ def spelled(recipe: str) -> str:
     return ",".join([name, *(f"{key}={to_text(value)}" for key, value in varied.items())])
 
 
+def _fields(name: str) -> dict[str, FieldInfo]:
+    """What a recipe can be varied in."""
+    known = fields_of(FairConfig if name in FAIR else Config)
+    return {key: field for key, field in known.items() if key not in ("dataset", "seed")}
+
+
 @functools.lru_cache(maxsize=1024)  # a plan asks many times for each of its recipes
 def _parts(recipe: str) -> tuple[str, Mapping[str, Any]]:
     """A recipe's name, and the fields varied in it."""
     name, *variations = recipe.split(",")
     if name not in RECIPES:
         raise KitError(f"recipe = {name!r} is unknown: use one of {', '.join(RECIPES)}")
-    kinds = fields_of(FairConfig if name in FAIR else Config)
-    known = {key: kind for key, kind in kinds.items() if key not in ("dataset", "seed")}
-    varied: dict[str, Any] = {}
+    known, varied = _fields(name), {}
     for variation in variations:
         key, _, text = variation.partition("=")
         if key not in known:

@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,13 +124,11 @@ def read_as(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What a record says about the software that made it."""
-    import torchvision
-
     return {
         "frlkit": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # its own class, which a checkpoint would refuse to load
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),  # importing it takes longer than torch
     }
 
 
