@@ -1,4 +1,4 @@
-"""Cutting the ball at neurons: every piece's bound against dense samples, pieces against the whole, and the verdicts."""
+"""Cutting the ball at neurons: every piece's bound against dense samples, pieces against the whole, verdicts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_pieces_hold_a_dense_sample_and_are_together_the_whole(kind: str, seed: 
     for _ in range(3):
         parents = [piece for piece in pieces for _ in (0, 1)]
         cut = [half for piece, place in zip(pieces, places, strict=True) for half in branch.halves(ball, piece, place)]
-        wild = [half._replace(betas=tuple((5 * torch.rand(len(half.betas), generator=generator)).tolist())) for half in cut]
+        drawn = [(5 * torch.rand(len(half.betas), generator=generator)).tolist() for half in cut]
+        wild = [half._replace(betas=tuple(betas)) for half, betas in zip(cut, drawn, strict=True)]
         for made, places, images in (branch.bounded(ball, wild), branch.bounded(ball, cut)):  # noqa: B007
             assert images.shape[0] == len(cut)
             covered = torch.zeros(len(margins), dtype=torch.bool)
@@ -127,7 +128,7 @@ def test_without_time_the_bound_is_that_of_the_whole(trained: nn.Module, tiny: D
 
 
 def test_a_misclassified_image_lies_in_the_ball(trained: nn.Module, tiny: Dataset) -> None:  # noqa: F811
-    """Minima are taken into the ball as an attack's images are; only one that is taken for another class is handed out."""
+    """Minima are taken into the ball as an attack's images are; only one taken for another class is handed out."""
     x, y = tiny.test.batch(slice(0, 1))
     y = trained(x).argmax(1)
     x = (x * 255).round() / 255
@@ -154,7 +155,11 @@ class TestRecord:
         return tiny.test.take(torch.tensor([*undecided[:3], sure]))
 
     def test_verdicts_limits_and_going_on(
-        self, split: Split, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+        self,
+        split: Split,
+        trained: nn.Module,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,  # noqa: F811
     ) -> None:
         plain = certify.certify(trained, split, 8)
         path, calls, outcomes = tmp_path / "certificates.json", [], [(0.5, False), (-0.1, True), (-100.0, False)]
@@ -180,7 +185,10 @@ class TestRecord:
         assert calls[4:] == [3.0]
 
     def test_a_record_without_it_is_left_as_it_was(
-        self, split: Split, trained: nn.Module, tmp_path: Path  # noqa: F811
+        self,
+        split: Split,
+        trained: nn.Module,
+        tmp_path: Path,  # noqa: F811
     ) -> None:
         path = tmp_path / "certificates.json"
         certify.certify(trained, split, 8, path=path)
