@@ -327,6 +327,19 @@ class TestLoop:
         assert sweeps.sweep(planned, engine) == failed
         assert asked == ["digits/pgd_at/seed1"]  # only what is missing
 
+    @pytest.mark.parametrize("damage", ['{"another": "run\'s"}', "no JSON"])
+    def test_a_foreign_record_is_that_runs_failure_alone(self, planned: list[Run], damage: str) -> None:
+        def engine(group: Sequence[Run]) -> Iterator[tuple[Path, str, str]]:
+            for run in group:
+                finish(run)
+                if run.name == "digits/pgd_at/seed1":
+                    (run.folder / "record.json").write_text(damage)
+                yield run.folder, "", ""
+
+        failed = sweeps.sweep(planned, engine)
+        assert list(failed) == ["digits/pgd_at/seed1", "digits/uniform/seed1"]
+        assert "record.json cannot be read" in failed["digits/pgd_at/seed1"]
+
     def test_a_run_that_kills_its_process_does_not_stop_the_others(self, planned: list[Run]) -> None:
         deadly, groups = planned[1], []
 

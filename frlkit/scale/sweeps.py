@@ -206,7 +206,7 @@ def sweep(planned: Sequence[Run], engine: Engine) -> dict[str, str]:
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     failed: dict[Path, str] = {}
-    finished = sum(run.done for run in planned)
+    finished = sum(_done(run, failed) for run in planned)
     with tqdm(total=len(planned), initial=finished, unit="run", disable=not watched()) as bar:
         for depth in sorted({run.depth for run in planned}):  # those that start from another wait until it is there
             alone = False
@@ -233,11 +233,20 @@ def sweep(planned: Sequence[Run], engine: Engine) -> dict[str, str]:
 
 def _left(group: Sequence[Run], failed: dict[Path, str]) -> list[Run]:
     """What of a group is neither finished nor failed. A run whose starting run failed has failed."""
-    left = [run for run in group if run.folder not in failed and not run.done]
+    left = [run for run in group if run.folder not in failed and not _done(run, failed)]
     for run in left:
         if run.start is not None and run.start.folder in failed:
             failed[run.folder] = f"{run.start.name}, which it starts from, failed"
     return [run for run in left if run.folder not in failed]
+
+
+def _done(run: Run, failed: dict[Path, str]) -> bool:
+    """Whether a run is finished; where its folder came to hold another's files since it was planned, it has failed."""
+    try:
+        return run.done
+    except KitError as error:
+        failed[run.folder] = str(error)
+        return False
 
 
 def preview(planned: Sequence[Run], root: Path, workers: int) -> str:

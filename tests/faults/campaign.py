@@ -156,16 +156,15 @@ def campaign(words: argparse.Namespace, results: Results) -> None:
 
         for name in words.commands:
             title = TITLES.get(name, name)
-            if words.repeat:
-                fault = Fault.parse(words.repeat) if "@" in words.repeat else None
-                how = partial(strike, fault=fault) if fault else {**CASES, **SWEEPS}[words.repeat]
-                every = [(words.repeat, words.repeat, how)]
-            elif name == "sweep":
+            if name == "sweep":
                 every = [(row_of(case), case, how) for case, how in SWEEPS.items()]
             else:
                 every = list(faults(stage, name, words.moments, words.seed))
             there = Counter(row for row, _, _ in every)
             tried = [one for one in every[:: words.every] if (title, one[1]) not in results.known]
+            if words.repeat:  # also a random moment that is none of those
+                named = [one for one in every if one[1] == words.repeat]
+                tried = named or [(words.repeat, words.repeat, partial(strike, fault=Fault.parse(words.repeat)))]
             found = [pool.submit(attempt_in, name, n, fault, how) for n, (_, fault, how) in enumerate(tried)]
             for (row, fault, _), result in zip(tried, found, strict=True):
                 if (lost := result.result()) is not None:
