@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import learnt
+from conftest import learnt, tiny_dataset
 from PIL import Image
 from torch import Tensor, nn
 
@@ -40,6 +40,18 @@ def names(network: nn.Module, *layers: str) -> dict[str, Tensor]:
 
 
 USUAL = ("conv1", "conv2", "fc1", "fc2", "fc3")
+
+
+@pytest.fixture(scope="module")
+def tiny(digits: Dataset) -> Dataset:
+    """Enough test images to tell readings apart."""
+    return tiny_dataset(digits, 20, 3, 30)
+
+
+@pytest.fixture(scope="module")
+def tiny28() -> Dataset:
+    """The same at 28x28."""
+    return tiny_dataset(data.load("digits", size=28), 20, 3, 30)
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,8 @@ def audit(
     if most is not None and most < len(test):
         test = test.take(torch.randperm(len(test), generator=stream(3))[:most].sort().values.to(test.labels.device))
     further = {name: rungs.subset(test, n, classes) for name, n in (("ladder", ladder), ("certified", certify)) if n}
+    if ladder and classes < 4:
+        raise KitError(f"{images.name} has {classes} classes: AutoAttack's targeted losses need four or more")
     if further and path is None:
         raise KitError("a ladder and certificates are kept image by image: give a path (--output FOLDER)")
     suspicious = [*known, *doubts(model, test, said_error)]
@@ -175,7 +177,8 @@ def audit(
     if ladder and path is not None:
         keep(ladder=_ladder(model, further["ladder"], attack, path.with_name("ladder.json")))
     if certify and path is not None:
-        keep(certified=_certified(model, further["certified"], attack, path.with_name("certificates.json")))
+        place = path.with_name("certificates.json")
+        keep(certified=certification.bracket(model, further["certified"], attack.eps_255, path=place))
     return _SCHEMA.validate_python(found)
 
 
@@ -229,18 +232,3 @@ def _ladder(model: nn.Module, split: Split, attack: Attack, path: Path) -> list[
     record = rungs.climb(model, split, attack.eps_255, path)
     errors = rungs.errors(record)
     return [{"rung": name, "robust": values.tolist(), "images": len(split)} for name, values in errors.items()]
-
-
-def _certified(model: nn.Module, split: Split, attack: Attack, path: Path) -> dict[str, Any]:
-    try:
-        record = certification.certify(model, split, attack.eps_255, path=path)
-    except KitError as error:
-        if "not supported" not in str(error):
-            raise
-        return {"not_supported": str(error)}
-    labels, verdicts = np.array(record["labels"]), np.array(record["verdicts"])
-    shares = {
-        verdict: (np.bincount(labels[verdicts == verdict], minlength=labels.max() + 1) / np.bincount(labels)).tolist()
-        for verdict in certification.VERDICTS
-    }
-    return {"eps_255": attack.eps_255, **shares, "images": len(split)}

@@ -115,9 +115,12 @@ def _recognised(weights: Weights, classes: int) -> list[Network]:
             wanted = torchvision.models.get_model(name, num_classes=classes).state_dict()
         if all(name in weights.tensors and weights.tensors[name].shape == wanted[name].shape for name in wanted):
             return [_torchvision(name, weights, classes)]
+    last = next(reversed(weights.tensors.values()), torch.empty(classes))
+    if last.ndim in (1, 2) and len(last) != classes:
+        raise KitError(f"{weights.path} ends with {len(last)} outputs, and the data set has {classes} classes")
     raise KitError(
-        f"{weights.path} is none of {', '.join((*models.MODELS, *COMMON))} with {classes} classes: say which network "
-        "it is with --model, a name of torchvision's, or file.py:factory, a function of yours that builds it"
+        f"{weights.path} is none of {', '.join(models.MODELS)}, nor torchvision's {', '.join(COMMON)}: say with "
+        "--model which network it is, a name of torchvision's, or file.py:factory, a function of yours that builds it"
     )
 
 

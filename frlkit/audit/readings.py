@@ -1,8 +1,8 @@
 """How a file of weights is to be read: which network, behind which preprocessing. What it cannot say is found out.
 
-Each plausible reading classifies the same few hundred clean training images, so that no choice is made on those that
-are audited; the one with the lowest error, and among equals the lowest loss, is taken. A reading that was asked for,
-and is far worse than another, is refused: its robust error would mean nothing.
+Each plausible reading classifies the same few hundred clean test images (on what it was trained with, a network is
+right however it is read); the one with the lowest error, and among equals the lowest loss, is taken. A reading that was
+asked for, and is far worse than another, is refused: its robust error would mean nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from frlkit.evaluation import batches, stream
 from frlkit.values import first_line
 
 FEW, MANY = 200, 2000  # images that all readings, and the best of them, are compared on; fewer of a large network
+FINAL = 12  # how many are those
 WORK = 1e11  # floating-point operations that each of the two may take: seconds on one core
 SCALES = tuple(2.0**power for power in range(-5, 2))
 Numbers = tuple[float, ...]
@@ -241,6 +242,7 @@ def _choose(
             "out --mean and --std"
         )
     close = [number for number in allowed if not scores[number].worse(scores[lowest])]
+    close = sorted({close[0], *sorted(close, key=lambda number: scores[number].error)[:FINAL]})
     final = sorted({*close, best})
     more = dict(zip(final, _scores([tries[number] for number in final], images, MANY), strict=True))
     errors = [more.get(number, scores[number]).error for number in range(len(tries))]
@@ -258,12 +260,12 @@ def _choose(
 
 
 def _scores(tries: Sequence[Reading], images: Callable[[Network], Dataset], most: int) -> list[_Score]:
-    split = images(tries[0].network).train
+    split = images(tries[0].network).test
     count = affordable(_tested(tries[0], split), split, WORK, len(tries), 50, most)
     index = torch.randperm(len(split), generator=stream(0))[:count].to(split.labels.device)
     found = []
     for reading in tqdm(tries, desc="readings compared", leave=False, delay=2, disable=not watched()):
-        chosen = images(reading.network).train.take(index)
+        chosen = images(reading.network).test.take(index)
         model, y = _tested(reading, chosen), chosen.labels
         with torch.no_grad():
             outputs = torch.cat([logits(model, chosen.batch(rows)[0]) for rows in batches(chosen, 100)])

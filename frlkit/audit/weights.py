@@ -76,7 +76,7 @@ def find(path: Path, key: str = "") -> Weights:
     tensors, front = _normalisation({name.removeprefix(outer): tensor for name, tensor in named.items()})
     inner = _shared(tensors)
     tensors = {name.removeprefix(inner): tensor for name, tensor in tensors.items()}
-    others = tuple(place for place in places if place != chosen)
+    others = tuple(place for place in places if place not in ("", chosen))
     return Weights(path, named, tensors, chosen, outer + inner, others, *front, _said_error(content), _own(path))
 
 
@@ -214,7 +214,7 @@ def _places(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str,
     if tensors and not (depth and len(tensors) == 1):
         yield path, tensors
     for name, value in content.items():
-        if isinstance(name, str) and "optim" not in name and not tensors:
+        if isinstance(name, str) and "optim" not in name:
             yield from _places(value, f"{path}.{name}" if path else name, depth + 1)
 
 

@@ -1,0 +1,294 @@
+"""An audit: its numbers against plain evaluation, its refusals and doubts, layouts of public networks, the commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import learnt
+from torch import Tensor, nn
+
+from frlkit import KitError, data, evaluation, models
+from frlkit.__main__ import main
+from frlkit.attacks import pgd
+from frlkit.audit import RADII_255, audit, networks, read, readings
+from frlkit.audit.weights import find
+from frlkit.data import Dataset
+from frlkit.evaluation import Attack
+
+ATTACK = Attack(steps=5)
+
+
+@pytest.fixture(scope="module")
+def found(sound: nn.Module, tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return audit(sound, tiny, ATTACK, path=tmp_path_factory.mktemp("audit") / "audit.json", command="frlkit audit x")
+
+
+class TestNumbers:
+    def test_errors_are_those_of_plain_evaluation(self, found: dict[str, Any], sound: nn.Module, tiny: Dataset) -> None:
+        errors = evaluation.class_errors(sound, tiny.test, ATTACK)
+        assert found["natural"] == errors.natural.tolist()
+        assert found["robust"] == errors.robust.tolist()
+        assert np.allclose(np.add(found["natural"], found["boundary"]), found["robust"])
+        assert found["confusion"]["robust"] == errors.confusion.tolist()
+        assert found["labels_per_class"] == [5] * 10
+        assert found["fingerprints"]["data"] == tiny.fingerprint
+
+    def test_confusions_hold_every_image(self, found: dict[str, Any], sound: nn.Module, tiny: Dataset) -> None:
+        x, y = tiny.test.batch(slice(None))
+        expected = torch.zeros(10, 10, dtype=torch.int64)
+        for label, taken in zip(y, evaluation.predict(sound, x), strict=True):
+            expected[label, taken] += 1
+        assert found["confusion"]["natural"] == expected.tolist()
+
+    def test_the_curve_rises_from_natural_through_robust(self, found: dict[str, Any]) -> None:
+        curve = found["curve"]
+        assert [point["eps_255"] for point in curve] == [0.0, *RADII_255]
+        assert curve[0]["robust"] == found["natural"]
+        assert curve[8]["robust"] == found["robust"]
+        assert (np.diff([point["robust"] for point in curve], axis=0) >= 0).all()
+
+    def test_the_curve_is_near_one_attack_after_another(
+        self, found: dict[str, Any], sound: nn.Module, tiny: Dataset
+    ) -> None:
+        """Bisection asks few radii of each image; an attack at every radius asks all."""
+        x, y = tiny.test.batch(slice(None))
+        for point in (found["curve"][3], found["curve"][14]):
+            eps = point["eps_255"] / 255
+            wrong = evaluation.predict(sound, pgd(sound, x, y, eps, eps / 4, 10)) != y
+            wrong |= evaluation.predict(sound, x) != y
+            assert np.mean(point["robust"]) == pytest.approx(wrong.double().mean().item(), abs=0.06)
+
+    @pytest.mark.parametrize("eps", [0.0, 2.5, 40.0])
+    def test_any_radius_of_the_attack(self, sound: nn.Module, tiny: Dataset, eps: float) -> None:
+        found = audit(sound, tiny, Attack(eps, eps / 4, steps=3))
+        radii = {0.0, *RADII_255} | ({eps} if eps <= 16 else set())
+        assert [point["eps_255"] for point in found["curve"]] == sorted(radii)
+        whole = np.array([point["robust"] for point in found["curve"]])
+        assert (np.diff(whole, axis=0) >= 0).all()
+        assert (whole <= np.array(found["robust"]) + 1e-12).all() or eps < 16
+
+    def test_what_is_written_is_read_back_and_a_changed_file_refused(
+        self, found: dict[str, Any], tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.json").write_text(json.dumps(found), encoding="utf-8")
+        assert read(tmp_path / "a.json") == found
+        for change in ({"natural": found["natural"][:9]}, {"robust": [2.0] * 10}, {"doubts": "none"}):
+            (tmp_path / "b.json").write_text(json.dumps({**found, **change}), encoding="utf-8")
+            with pytest.raises(KitError, match=r"the audit .*b.json cannot be read"):
+                read(tmp_path / "b.json")
+
+    def test_written_before_optional_parts(
+        self, sound: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("frlkit.audit._fell_at", stop)
+        with pytest.raises(KeyboardInterrupt):
+            audit(sound, tiny, ATTACK, path=tmp_path / "audit.json")
+        kept = read(tmp_path / "audit.json")
+        assert [point["eps_255"] for point in kept["curve"]] == [0.0, 8.0]
+
+    def test_doubts_are_said_before_the_attack(
+        self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("frlkit.audit.predictions", lambda *_: pytest.fail(capsys.readouterr().err))
+        with pytest.raises(pytest.fail.Exception, match="doubtful: the natural error on 50 images, 90%, is no better"):
+            audit(models.build("lenet5", seed=4), tiny, ATTACK)
+
+    def test_fewer_images_and_certificates(self, sound: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
+        found = audit(sound, tiny, Attack(2, 0.5, 3), most=40, certify=10, curve=False, path=tmp_path / "a.json")
+        assert found["images"] == sum(found["labels_per_class"]) == 40
+        certified = found["certified"]
+        total = np.sum([certified[verdict] for verdict in ("verified", "falsified", "undecided")], axis=0)
+        assert total.tolist() == [1.0] * 10
+        with pytest.raises(KitError, match="give a path"):
+            audit(sound, tiny, certify=10)
+        found = audit(nn.Sequential(sound), tiny, ATTACK, certify=10, curve=False, path=tmp_path / "b.json")
+        assert "not supported" in found["certified"]["not_supported"]
+
+
+class TestLayouts:
+    """Public layouts, written here anew, give the kit's networks the same function."""
+
+    @pytest.mark.parametrize("last_bn", [True, False])
+    def test_preact_resnet(self, last_bn: bool, tmp_path: Path) -> None:
+        from test_audit_kinds import resnet_as_public
+
+        own = models.build("preact_resnet18_w16", seed=0)
+        if not last_bn:
+            own.last_bn = nn.Identity()
+        public = resnet_as_public(last_bn)
+        torch.save(dict(sorted(public.items())), tmp_path / "w.pt")  # order does not matter
+        (network,) = networks.candidates("", find(tmp_path / "w.pt"), 10)
+        x = torch.rand(2, 3, 32, 32)
+        assert torch.equal(network.module.eval()(x), own.eval()(x))
+
+    def test_wide_resnet_as_trades_and_the_paper_have_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from functools import partial
+
+        from frlkit.models import ResNet, _PreActivationBlock
+
+        narrow = partial(ResNet, block=_PreActivationBlock, blocks=(4, 4, 4), widths=(16, 4, 8, 16))
+        monkeypatch.setitem(models.MODELS, "wrn_28_10", narrow)
+        own = models.build("wrn_28_10", seed=0).eval()
+        public: dict[str, Tensor] = {"sub_block1.layer.0.conv1.weight": torch.ones(4, 16, 3, 3)}
+        for name, tensor in own.state_dict().items():
+            if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+                number = int(match[1])
+                name = f"block{number // 4 + 1}.layer.{number % 4}.{match[2].replace('shortcut', 'convShortcut')}"
+            name = name.replace("stem.", "conv1.").replace("last_bn.", "bn1.").replace("linear.", "fc.")
+            public[name] = tensor
+            public["layer_one.weight" if name == "conv1.weight" else f"other_layers.0.{name}"] = tensor
+        torch.save({"state_dict": public}, tmp_path / "w.pt")
+        (network,) = networks.candidates("wrn_28_10", find(tmp_path / "w.pt"), 10)
+        x = torch.rand(2, 3, 32, 32)
+        assert torch.equal(network.module.eval()(x), own(x))
+
+    def test_torchvision_is_recognised_and_unknown_files_are_not(self, tmp_path: Path) -> None:
+        import torchvision
+
+        module = torchvision.models.get_model("resnet18", num_classes=7)
+        torch.save({"model": {f"module.{k}": v for k, v in module.state_dict().items()}}, tmp_path / "w.pt")
+        (network,) = networks.candidates("", find(tmp_path / "w.pt"), 7)
+        assert network.title == "torchvision's resnet18"
+        x = torch.rand(1, 3, 64, 64)
+        assert torch.equal(network.module.eval()(x), module.eval()(x))
+        torch.save(nn.Linear(3, 7).state_dict(), tmp_path / "w.pt")
+        with pytest.raises(KitError, match="none of lenet5, .*resnet50.*: say with --model which"):
+            networks.candidates("", find(tmp_path / "w.pt"), 7)
+
+    @pytest.mark.parametrize(
+        ("code", "words"),
+        [
+            ("def net(): return 5", "returns int: return a torch.nn.Module"),
+            ("def other(): pass", "has no attribute 'net'"),
+            ("1 / 0", "ZeroDivisionError: division by zero"),
+            ("import nowhere", "No module named 'nowhere'"),
+        ],
+    )
+    def test_a_factory_that_fails(self, tmp_path: Path, code: str, words: str) -> None:
+        (tmp_path / "own.py").write_text(code, encoding="utf-8")
+        with pytest.raises(KitError, match=words) as caught:
+            networks.candidates(f"{tmp_path / 'own.py'}:net", None, 10)
+        assert len(str(caught.value).splitlines()) == 1
+
+    def test_a_factory_in_a_module_loads_its_own_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "mine_xyz.py").write_text(
+            "from torch import nn\ndef net(): return nn.Linear(2, 3)", encoding="utf-8"
+        )
+        monkeypatch.chdir(tmp_path)
+        (network,) = networks.candidates("mine_xyz:net", None, 3)
+        assert isinstance(network.module, nn.Linear)
+        with pytest.raises(KitError, match="needs a file of weights"):
+            networks.candidates("lenet5", None, 3)
+
+
+class TestFind:
+    @pytest.mark.parametrize(
+        ("content", "error"),
+        [
+            ({"acc": 91.5}, 0.085),
+            ({"best_acc": 0.9, "test_acc1": 88.0}, 0.1),
+            ({"train_acc": 99.0, "robust_acc": 50.0}, None),
+            ({"accuracy": float("nan")}, None),
+            ({"acc": True}, None),
+            ({"acc": 97, "mean": torch.ones(3)}, 0.03),
+        ],
+    )
+    def test_what_a_file_says_of_itself(self, content: dict[str, Any], error: float | None, tmp_path: Path) -> None:
+        torch.save({"net": {"a": torch.ones(2), "b": torch.ones(2)}, **content}, tmp_path / "w.pt")
+        found = find(tmp_path / "w.pt").error
+        assert found == (None if error is None else pytest.approx(error))
+
+    @pytest.mark.parametrize(
+        ("mean", "std", "expected"),
+        [
+            (torch.tensor([0.5]), torch.tensor([0.25]), ((0.5,), (0.25,))),
+            (torch.full((1, 3, 1, 1), 127.5), torch.full((3,), 51.0), ((0.5,) * 3, (0.2,) * 3)),
+            (torch.tensor([0.5]), torch.tensor([0.0]), (None, None)),
+            (torch.zeros(7), torch.ones(7), (None, None)),
+        ],
+    )
+    def test_a_normalize_in_front(self, mean: Tensor, std: Tensor, expected: Any, tmp_path: Path) -> None:
+        content = {"module.normalize.mean": mean, "module.normalize.std": std, "module.net.fc.weight": torch.ones(2, 2)}
+        content["module.net.bn.running_mean"] = torch.ones(3)
+        torch.save(content, tmp_path / "w.pt")
+        found = find(tmp_path / "w.pt")
+        assert found.mean == (None if expected[0] is None else pytest.approx(expected[0]))
+        assert found.std == (None if expected[1] is None else pytest.approx(expected[1]))
+        if found.mean:
+            assert set(found.tensors) == {"fc.weight", "bn.running_mean"}
+            assert found.prefix == "module.net."
+
+    def test_a_key_that_is_not_there(self, tmp_path: Path) -> None:
+        torch.save({"net": {"a": torch.ones(2), "b": torch.ones(2)}}, tmp_path / "w.pt")
+        with pytest.raises(KitError, match="no weights under 'ema': use one of 'net'"):
+            find(tmp_path / "w.pt", "ema")
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def tiny_digits(self, tiny: Dataset, tiny28: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data, "load", lambda _, **rest: tiny28 if rest.get("size") == 28 else tiny)
+
+    def call(self, *words: str | Path) -> Any:
+        return CliRunner().invoke(main, [*map(str, words)])
+
+    def test_table_json_and_card(self, sound: nn.Module, tmp_path: Path) -> None:
+        torch.save({"net": sound.state_dict()}, tmp_path / "w.pth")
+        words = ("--dataset", "digits", "--steps", "3", "--json", tmp_path / "copy.json", "--output", tmp_path / "card")
+        result = self.call("audit", tmp_path / "w.pth", *words)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("read as LeNet-5, tanh, average pooling, 32x32, images in [0, 1]\n")
+        assert result.stdout.splitlines()[-1] == f"written: {tmp_path / 'card' / 'card.html'}"
+        found = read(tmp_path / "card" / "audit.json")
+        assert found == read(tmp_path / "copy.json")
+        assert found["reading"]["key"] == "net"
+        assert found["attack"]["steps"] == 3
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("--mean", "0.5"), "give both"),
+            (("--mean", "0.5", "--std", "0"), "deviations above 0"),
+            (("--mean", "a", "--std", "1"), "use numbers, such as 0.5"),
+            (("--size", "64"), "takes images of"),
+            (("--model", "nothing"), "model = 'nothing' is unknown"),
+            (("--ladder", "10"), "give a path"),
+            (("--key", "ema"), "no weights under 'ema'"),
+            (("--mean", "0.9", "--std", "0.05"), "a robust error of the first would mean nothing"),
+        ],
+    )
+    def test_bad_words(self, sound: nn.Module, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+        torch.save(sound.state_dict(), tmp_path / "w.pth")
+        result = self.call("audit", tmp_path / "w.pth", "--dataset", "digits", "--steps", "1", *words)
+        assert result.exit_code != 0
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert said in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_a_network_of_probabilities_that_sees_only_its_own_size(self, tmp_path: Path, tiny: Dataset) -> None:
+        (tmp_path / "net.py").write_text(
+            "from torch import nn\n"
+            "def soft(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(1024, num_classes), nn.Softmax(1))\n"
+            "def other(): return nn.Sequential(nn.Flatten(), nn.Linear(99, 10))\n"
+            "def seven(): return nn.Sequential(nn.Flatten(), nn.Linear(1024, 7))\n",
+            encoding="utf-8",
+        )
+        network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
+        torch.save(learnt(network, *tiny.train.batch(slice(None)), 20).state_dict(), tmp_path / "w.pt")
+        read = readings.read(tmp_path / "w.pt", "digits", f"{tmp_path / 'net.py'}:soft")
+        from frlkit.audit.doubts import doubts
+
+        assert any("returns probabilities" in doubt for doubt in doubts(read.model, read.data.test))
+        for factory, said in (("other", "does not take images of 1x32x32"), ("seven", "one logit for each")):
+            with pytest.raises(KitError, match=said):
+                readings.read(None, "digits", f"{tmp_path / 'net.py'}:{factory}")
