@@ -32,6 +32,7 @@ class TestCell:
             ("confirmed", "A: rho 0.95, without x 0.93 (medians of 5 seeds); B: rho 0.95, p 0", "confirmed: rho 0.95"),
             ("refuted", "A: partial rho -0.31 (median of 5 seeds)", "refuted: partial rho -0.31"),
             ("not tested", "S: -37.8 ± 4.3 %, 3 seeds, 5 needed", "not tested: -37.8 ± 4.3 %, 3 seeds"),
+            ("not tested", "A: 3 seeds, 5 needed; B: 13 seeds, 15 needed", "not tested: 3 seeds, 13 seeds"),
             ("not tested", "A − B: no runs; C − D: no runs", "not tested: no runs"),
             ("not tested", "A: 1.0 points, 1 seed, 5 needed; B: no runs", "not tested: 1.0 points, 1 seed, no runs"),
             ("not tested", "A: 1.0 ± 2.0 points (200 test images, 1000 needed)",

@@ -124,7 +124,7 @@ def test_a_profile_sets_the_data_set_and_an_unknown_one_is_refused(elsewhere: Pa
     jobs = list(reproduce.plan("fashion_mnist", elsewhere, retrain=True, profile="smoke"))
     assert {job.parameters.get("DATASET", "digits") for job in jobs} == {"digits"}
     assert {job.parameters.get("FRL_EPOCHS", 1) for job in jobs} == {1}
-    with pytest.raises(KitError, match=r"profile = 'tiny' is unknown: use one of digits, full, "):
+    with pytest.raises(KitError, match=r"profile = 'tiny' is unknown: use one of cifar10, digits, full, "):
         list(reproduce.plan("digits", elsewhere, retrain=False, profile="tiny"))
 
 

@@ -26,7 +26,7 @@ DATASETS = {
     "svhn": "no data",
 }
 KEPT = "claims.json"
-_NUMBER = re.compile(r": ((?:partial )?rho )?(-?\d[\d.]*(?: ± \d[\d.]*)?)( points| %)?")
+_NUMBER = re.compile(r": ((?:partial )?rho )?(-?\d[\d.]*(?: ± \d[\d.]*)?)( points| %|(?! seed)(?!\d))")
 _REASON = re.compile(r"no runs|\d+ seeds?(?=, \d+ needed)|\((.* needed)\)$|no (?:partial )?rank correlation.*")
 
 Row = Mapping[str, Any]

@@ -149,8 +149,8 @@ def _equivalent(change: pd.Series, margin: float, unit: str) -> Comparison:
 
 def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Comparison:
     seeds = difficulty.index.intersection(target.index)
-    if len(seeds) < FEWEST_SEEDS:
-        return Comparison(f"{label}: {_seeds(len(seeds))}", tested=False)
+    if not len(seeds):
+        return Comparison(f"{label}: {_seeds(0)}", tested=False)
     x, y = difficulty.loc[seeds], target.loc[seeds, difficulty.columns]
     rho, p = statistics.rank_correlations(x.to_numpy(), y.to_numpy())
     if np.isnan(rho).any():
@@ -159,6 +159,8 @@ def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Compari
     medians = np.median(rho, axis=0)
     left = 1 + int(medians[1:].argmin())
     says = f"{label}: rho {medians[0]:.2f}, without {names.plain(x.columns[left - 1])} {medians[left]:.2f}"
+    if len(seeds) < FEWEST_SEEDS:
+        return Comparison(f"{says}, {_seeds(len(seeds))}", tested=False)
     return Comparison(f"{says} (medians of {_seeds(len(seeds), enough=True)})", *worst)
 
 
