@@ -146,23 +146,17 @@ def test_a_misclassified_image_lies_in_the_ball(trained: nn.Module, tiny: Datase
 
 
 class TestRecord:
-    """What certify keeps of it, with made-up outcomes of the cutting itself."""
+    """What certify keeps of it, with made-up outcomes of attack, bounds and cutting."""
 
     @pytest.fixture
-    def split(self, trained: nn.Module, tiny: Dataset) -> Split:
-        record = certify.certify(trained, tiny.test, 8)
-        undecided = [number for number, verdict in enumerate(record["verdicts"]) if verdict == certify.UNDECIDED]
-        sure = record["verdicts"].index(certify.VERIFIED)
-        return tiny.test.take(torch.tensor([*undecided[:3], sure]))
+    def split(self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> Split:
+        """Four images, of which the last is verified at once."""
+        monkeypatch.setattr(certify, "_falsify", lambda *_: None)
+        monkeypatch.setattr(crown, "margins", lambda *_: torch.tensor([[-1.0], [-1.0], [-1.0], [1.0]]))
+        return head(tiny.test, 4)
 
-    def test_verdicts_limits_and_going_on(
-        self,
-        split: Split,
-        trained: nn.Module,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        plain = certify.certify(trained, split, 8)
+    def test_verdicts_limits_and_going_on(self, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = models.build("lenet5", seed=1)
         path, calls, outcomes = tmp_path / "certificates.json", [], [(0.5, False), (-0.1, True), (-100.0, False)]
 
         def decide(model: nn.Module, x: Tensor, y: Tensor, eps: float, seconds: float) -> tuple[float, bool]:
@@ -170,31 +164,26 @@ class TestRecord:
             assert eps == 8 / 255
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return outcomes[min(len(calls) - 1 - (len(calls) > 3), 2)]
+            return outcomes[min(len(calls) - 1, 2)]
 
         monkeypatch.setattr(branch, "decide", decide)
         with pytest.raises(KeyboardInterrupt):
-            certify.certify(trained, split, 8, seconds=2.0, path=path)
-        record = certify.certify(trained, split, 8, seconds=2.0, path=path)
+            certify.certify(model, split, 8, seconds=2.0, path=path)
+        record = certify.certify(model, split, 8, seconds=2.0, path=path)
         assert len(calls) == 4  # the two that were done are not done again
         assert record["verdicts"] == ["verified", "falsified", "undecided", "verified"]
-        assert record["margins"] == [0.5, None, plain["margins"][2], plain["margins"][3]]
+        assert record["margins"] == [0.5, None, -1.0, 1.0]
         assert record["limits"] == [2.0, 2.0, 2.0, 0.0]
-        assert certify.certify(trained, split, 8, seconds=1.0, path=path) == record
+        assert certify.certify(model, split, 8, seconds=1.0, path=path) == record
         assert len(calls) == 4
-        certify.certify(trained, split, 8, seconds=3.0, path=path)
+        certify.certify(model, split, 8, seconds=3.0, path=path)
         assert calls[4:] == [3.0]
 
-    def test_a_record_without_it_is_left_as_it_was(
-        self,
-        split: Split,
-        trained: nn.Module,
-        tmp_path: Path,
-    ) -> None:
-        path = tmp_path / "certificates.json"
-        certify.certify(trained, split, 8, path=path)
+    def test_a_record_without_it_is_left_as_it_was(self, split: Split, tmp_path: Path) -> None:
+        path, model = tmp_path / "certificates.json", models.build("lenet5", seed=1)
+        certify.certify(model, split, 8, path=path)
         before = path.read_bytes()
-        certify.certify(trained, split, 8, path=path)
+        certify.certify(model, split, 8, path=path)
         assert path.read_bytes() == before
         assert b"limits" not in before
 
