@@ -175,7 +175,8 @@ def audit(
     if ladder and path is not None:
         keep(ladder=_ladder(model, further["ladder"], attack, path.with_name("ladder.json")))
     if certify and path is not None:
-        keep(certified=_certified(model, further["certified"], attack, path.with_name("certificates.json")))
+        certificates = path.with_name("certificates.json")
+        keep(certified=certification.bracket(model, further["certified"], attack.eps_255, path=certificates))
     return _SCHEMA.validate_python(found)
 
 
@@ -229,18 +230,3 @@ def _ladder(model: nn.Module, split: Split, attack: Attack, path: Path) -> list[
     record = rungs.climb(model, split, attack.eps_255, path)
     errors = rungs.errors(record)
     return [{"rung": name, "robust": values.tolist(), "images": len(split)} for name, values in errors.items()]
-
-
-def _certified(model: nn.Module, split: Split, attack: Attack, path: Path) -> dict[str, Any]:
-    try:
-        record = certification.certify(model, split, attack.eps_255, path=path)
-    except KitError as error:
-        if "not supported" not in str(error):
-            raise
-        return {"not_supported": str(error)}
-    labels, verdicts = np.array(record["labels"]), np.array(record["verdicts"])
-    shares = {
-        verdict: (np.bincount(labels[verdicts == verdict], minlength=labels.max() + 1) / np.bincount(labels)).tolist()
-        for verdict in certification.VERDICTS
-    }
-    return {"eps_255": attack.eps_255, **shares, "images": len(split)}
