@@ -79,6 +79,8 @@ PARAMETERS: dict[str, Any] = {
     "DATA": Annotated[str, PlainValidator(_data_set)],  # of one's own model, as are its neighbours: no profile sets it
     "RETRAIN_SEEDS": Seeds,
     "RETRAIN_EPOCHS": Annotated[int, Field(ge=0, le=1000)],
+    "CUT_IMAGES": Annotated[int, Field(ge=0, le=10**6)],
+    "SECONDS": Annotated[float, Field(ge=0, le=86400)],
     "SEED": Annotated[int, Field(ge=0, le=10**6)],
     "SAMPLES": Annotated[int, Field(ge=1000, le=10**6)],
     "GD_STEPS": Annotated[int, Field(ge=10, le=10**5)],

@@ -6,10 +6,12 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor, nn
 
 from frlkit import data, models
+from frlkit.attacks import pgd
 from frlkit.data import Dataset, Split
 
 settings.register_profile("kit", deadline=None, derandomize=True, print_blob=True)
@@ -61,6 +63,21 @@ def learnt(network: nn.Module, x: Tensor, y: Tensor, epochs: int = 60) -> nn.Mod
 def tiny28() -> Dataset:
     """The same images at 28x28."""
     return tiny_dataset(data.load("digits", size=28), 20, 3, 5)
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Dataset) -> nn.Module:
+    """A LeNet-5 after a little adversarial training: at 8/255 some images are verified, some not, some undecided."""
+    model, eps = models.build("lenet5", seed=1), 8 / 255
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        x, y = digits.train.batch(torch.randint(len(digits.train), (64,), generator=generator))
+        x = pgd(model, x, y, eps, eps / 2, 3, generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
 
 
 @pytest.fixture(scope="session")

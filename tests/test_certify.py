@@ -27,21 +27,6 @@ EPS = 8 / 255
 Chain = tuple[layers.Layer, ...]
 
 
-@pytest.fixture(scope="module")
-def trained(digits: Dataset) -> nn.Module:
-    """A LeNet-5 after a little adversarial training: at 8/255 some images are verified, some not, some undecided."""
-    model = models.build("lenet5", seed=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(120):
-        x, y = digits.train.batch(torch.randint(len(digits.train), (64,), generator=generator))
-        x = pgd(model, x, y, EPS, EPS / 2, 3, generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.eval()
-
-
 def head(split: Split, count: int) -> Split:
     return Split(split.images[:count], split.labels[:count])
 
@@ -374,8 +359,14 @@ def test_command(trained: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch:
     verdicts = json.loads(out.read_text(encoding="utf-8"))["verdicts"]
     assert len(verdicts) == 3
     assert set(verdicts) <= set(certify.VERDICTS)
+    balanced = tmp_path / "balanced.json"
+    result = call(weights, "--images", "10", "--balanced", "--seconds", "0.1", "--json", balanced)
+    assert result.exit_code == 0, result.output
+    assert json.loads(balanced.read_text(encoding="utf-8"))["labels"] == list(range(10))
     for words in (
         (weights, "--images", "1000"),
+        (weights, "--images", "1000", "--balanced"),
+        (weights, "--images", "1", "--seconds", "-1"),
         (tmp_path, "--images", "1"),
         (weights, "--images", "2", "--json", out),
     ):

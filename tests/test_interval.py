@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from frlkit import KitError, interval, models
+from frlkit import KitError, fairness, interval, losses, models
 from frlkit.attacks import pgd
 from frlkit.audit import crown
-from frlkit.data import Dataset
+from frlkit.data import Dataset, Split
+from frlkit.evaluation import stream
+from frlkit.recipes import FairConfig
 
 EPS = 8 / 255
 
@@ -67,40 +68,78 @@ def test_training_with_it_certifies(digits: Dataset) -> None:
     model = models.build("lenet5", seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
-    x, y = digits.test.batch(slice(0, 200))
-
-    def certified(model: nn.Module) -> float:
-        with torch.no_grad():
-            worst = interval.worst_logits(model, x, y, EPS)
-        return float((worst.scatter(1, y[:, None], -torch.inf).amax(1) < 0).float().mean())
-
-    assert certified(model) == 0
+    balance, config = even(10), FairConfig("certified", ramp=0.6)
+    assert interval.class_errors(model, digits.test, EPS).mean() == 1
     for step in range(120):
         batch = digits.train.batch(torch.randint(len(digits.train), (64,), generator=generator))
-        ramp = interval.warm_up(step / 120)
-        loss = interval.certified_loss(model, *batch, ramp * EPS, 0.5 * ramp)
         optimizer.zero_grad()
-        loss.backward()
+        losses.loss(model, *batch, config, stream(0), balance, step / 120).backward()
         optimizer.step()
-    assert certified(model) > 0.2
+    assert interval.class_errors(model, digits.test, EPS).mean() < 0.8
 
 
-def test_loss_is_between_its_terms(tiny: Dataset) -> None:
-    model = models.build("lenet5", seed=2)
-    x, y = tiny.test.batch(slice(0, 8))
-    clean, worst = (interval.certified_loss(model, x, y, EPS, share) for share in (0.0, 1.0))
-    torch.testing.assert_close(clean, F.cross_entropy(model(x), y))
-    torch.testing.assert_close(interval.certified_loss(model, x, y, EPS, 0.25), 0.75 * clean + 0.25 * worst)
-    attacked = pgd(model, x, y, EPS, EPS / 4, 10)
-    assert clean < F.cross_entropy(model(attacked), y) < worst
+def even(classes: int) -> fairness.Setting:
+    weights = torch.full((classes,), 1 / classes)
+    return fairness.Setting(weights, weights, torch.ones(classes))
+
+
+def test_class_errors(tiny: Dataset) -> None:
+    """Without a radius the natural error; more with one."""
+    model = models.build("lenet5", seed=4).eval()
+    x, y = tiny.test.batch(slice(None))
+    split = Split(tiny.test.images, model(x).argmax(1), classes=10)  # its own predictions: some class is never one
+    with pytest.raises(KitError, match="has no image in this split"):
+        interval.class_errors(model, split, 0.0)
+    found = interval.class_errors(model, tiny.test, 0.0)
+    wrong = model(x).argmax(1) != y
+    assert found == pytest.approx([float(wrong[y == label].float().mean()) for label in range(10)])
+    assert (interval.class_errors(model, tiny.test, EPS) >= found).all()
+
+
+class TestLoss:
+    def test_is_between_its_terms(self, tiny: Dataset) -> None:
+        model = models.build("lenet5", seed=2)
+        x, y = tiny.test.batch(slice(0, 8))
+
+        def loss(kappa: float) -> torch.Tensor:
+            return losses.loss(model, x, y, FairConfig("certified", kappa=kappa), stream(0), even(10)).detach()
+
+        torch.testing.assert_close(loss(0.0), F.cross_entropy(model(x), y).detach())
+        torch.testing.assert_close(loss(0.25), 0.75 * loss(0.0) + 0.25 * loss(1.0))
+        attacked = pgd(model, x, y, EPS, EPS / 4, 10)
+        assert loss(0.0) < F.cross_entropy(model(attacked), y) < loss(1.0)
+
+    def test_radius_and_kappa_rise_together(self, tiny: Dataset) -> None:
+        model, config = models.build("lenet5", seed=2), FairConfig("certified", kappa=0.8, ramp=0.5)
+        x, y = tiny.test.batch(slice(0, 8))
+        found = losses.loss(model, x, y, config, stream(0), even(10), 0.25)
+        half = FairConfig("certified", kappa=0.4, eps_255=4.0)
+        torch.testing.assert_close(found, losses.loss(model, x, y, half, stream(0), even(10)))
+
+    def test_weights_and_radii_by_class(self, tiny: Dataset) -> None:
+        """Against a plain loop over images."""
+        model = models.build("lenet5", seed=2)
+        index = torch.cat([(tiny.test.labels == label).nonzero()[:3, 0] for label in range(3)])
+        x, y = tiny.test.batch(index)
+        balance = fairness.Setting(*(torch.rand(10, generator=stream(number)) + 0.5 for number in range(3)))
+        found = losses.loss(model, x, y, FairConfig("certified", kappa=0.3), stream(0), balance)
+        clean = worst = 0.0
+        for image, label in zip(x, y, strict=True):
+            logits = model(image[None])
+            bound = interval.worst_logits(model, image[None], label[None], EPS * float(balance.radius_factors[label]))
+            clean = clean + balance.weights_nat[label] * F.cross_entropy(logits, label[None])
+            worst = worst + balance.weights_bdy[label] * F.cross_entropy(bound, label[None])
+        clean, worst = clean / balance.weights_nat[y].sum(), worst / balance.weights_bdy[y].sum()
+        torch.testing.assert_close(found, 0.7 * clean + 0.3 * worst)
 
 
 def test_bad_input() -> None:
-    with pytest.raises(KitError, match="share = 2"):
-        interval.certified_loss(models.build("lenet5"), torch.rand(1, 1, 32, 32), torch.tensor([0]), EPS, 2)
+    with pytest.raises(KitError, match="kappa = 2"):
+        FairConfig("certified", kappa=2.0)
     with pytest.raises(KitError, match="ResNet is not supported"):
         interval.worst_logits(models.build("preact_resnet18"), torch.rand(1, 3, 32, 32), torch.tensor([0]), EPS)
 
 
 def test_warm_up() -> None:
-    assert [interval.warm_up(progress) for progress in (0, 0.1, 0.35, 0.6, 1)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert [interval.warm_up(progress, 0.5) for progress in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.5, 1, 1])
+    assert interval.warm_up(0, 0) == 1

@@ -109,3 +109,65 @@ def test_a_linear_model_falls_where_arithmetic_says(tmp_path: Path) -> None:
     record = ladder.climb(Mean(), split, 8.0, tmp_path / "ladder.json")
     rungs = len(record["rungs"])
     assert record["fell"] == [rungs, 1, 1, 0, 0, 1, 1, rungs]
+
+
+class TestCertified:
+    """The certified error beneath the last attack of a finished ladder."""
+
+    @pytest.fixture
+    def path(self, model: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(ladder, "rungs", lambda eps: {"clean": None, "pgd": Attack(eps, steps=5)})
+        ladder.climb(model, ladder.subset(tiny.test, 20, 10), 1.0, tmp_path / "ladder.json")
+        return tmp_path / "ladder.json"
+
+    def test_beneath_every_rung(self, model: nn.Module, tiny: Dataset, path: Path) -> None:
+        part, before = ladder.subset(tiny.test, 20, 10), ladder.finished(path)
+        record = ladder.certify(model, part, path)
+        x, y = part.batch(slice(None))
+        margins = ladder.crown.margins(model, x, y, 1 / 255).amin(1)
+        standing = [place == 2 for place in before["fell"]]
+        expected = [up and bool(margin > 0) for up, margin in zip(standing, margins, strict=True)]
+        assert record["verified"] == expected
+        assert any(expected)
+        assert ladder.read(path) == record
+        *_, last, certified = ladder.errors(record).values()
+        assert (certified >= last).all()
+        table = ladder.table(record, tiny.class_names)
+        assert list(table.index) == ["clean", "pgd", ladder.CERTIFIED]
+        assert table.loc[ladder.CERTIFIED].tolist() == pytest.approx((100 * certified).tolist())
+        assert ladder.climb(model, part, 1.0, path) == record  # climbing again leaves it there
+
+    def test_goes_on(self, model: nn.Module, tiny: Dataset, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        part, margins, calls = ladder.subset(tiny.test, 20, 10), ladder.crown.margins, []
+
+        def stopping(*rest: object) -> torch.Tensor:
+            calls.append(len(rest[1]))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return margins(*rest)
+
+        monkeypatch.setattr(ladder.crown, "margins", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            ladder.certify(model, part, path)
+        unknown = ladder.read(path)["verified"].count(None)
+        assert unknown
+        record = ladder.certify(model, part, path)
+        assert sum(calls) - calls[1] == record["fell"].count(2)
+        assert None not in record["verified"]
+
+    def test_not_supported(self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ladder, "rungs", lambda eps: {"clean": None})
+        other, part = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), ladder.subset(tiny.test, 10, 10)
+        ladder.climb(other, part, 8.0, tmp_path / "ladder.json")
+        record = ladder.certify(other, part, tmp_path / "ladder.json")
+        assert "Sequential is not supported" in record["not_supported"]
+        assert ladder.table(record, tiny.class_names).loc[ladder.CERTIFIED].tolist() == ["not supported"] * 10
+
+    def test_refuses(self, model: nn.Module, tiny: Dataset, path: Path) -> None:
+        with pytest.raises(KitError, match="belongs to another"):
+            ladder.certify(models.build("lenet5", seed=5), ladder.subset(tiny.test, 20, 10), path)
+        record = ladder.certify(model, ladder.subset(tiny.test, 20, 10), path)
+        record["fell"][0], record["verified"][0] = 0, True
+        ladder.checkpoint.write_json(path, record)
+        with pytest.raises(KitError, match="true only where no rung fooled"):
+            ladder.read(path)

@@ -177,8 +177,8 @@ def audit(
     if ladder and path is not None:
         keep(ladder=_ladder(model, further["ladder"], attack, path.with_name("ladder.json")))
     if certify and path is not None:
-        place = path.with_name("certificates.json")
-        keep(certified=certification.bracket(model, further["certified"], attack.eps_255, path=place))
+        certificates = path.with_name("certificates.json")
+        keep(certified=certification.bracket(model, further["certified"], attack.eps_255, path=certificates))
     return _SCHEMA.validate_python(found)
 
 

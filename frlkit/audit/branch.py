@@ -52,6 +52,7 @@ class Root(NamedTuple):
     image: tuple[Tensor, Tensor]
     reach: list[Range]
     points: list[Tensor]
+    slopes: list[Tensor]  # of the activations' lines, their mean
     form: Tensor
     constant: float  # the form's, less the room for rounding
 
@@ -88,7 +89,8 @@ def root(found: crown.Bounded, y: Tensor, other: int) -> Root:
         arguments = crown.minimiser(below, image, around, crown.lower(below, image, around, form)[1])
         aims = map(best_points, below, arguments)
         points = [old + (aim - old) / (step + 1) for old, aim in zip(points, aims, strict=True)]
-    return Root(below, image, reach, points, form, float(constants[0, 0, other] - found.error[0, other]))
+    slopes = [lines(*rest).slope for rest in zip(below, reach, points, strict=True)]
+    return Root(below, image, reach, points, slopes, form, float(constants[0, 0, other] - found.error[0, other]))
 
 
 def _search(
@@ -142,8 +144,8 @@ def bounded(whole: Root, pieces: Sequence[Piece]) -> tuple[list[Piece], list[tup
         arguments = crown.minimiser(whole.layers, whole.image, around, passed)
         total = bound[:, 0, 0].expand(len(pieces)) + whole.constant + sum(part.constant() for part in cuts)
         better, best = total > best, torch.maximum(best, total)
-        for part, line, form, z in zip(cuts, around, passed[1:], arguments, strict=True):
-            part.move(better, line.slope * form, z, 0.5 ** (step + 1))
+        for part, slope, form, z in zip(cuts, whole.slopes, passed[1:], arguments, strict=True):
+            part.move(better, slope * form, z, 0.5**step)
         points = [
             old + (best_points(part.layer, z) - old) / (step + 2) if len(part.rows) else old
             for part, old, z in zip(cuts, points, arguments, strict=True)
@@ -233,7 +235,7 @@ class _Cuts:
         return torch.zeros(self.count, dtype=torch.float64, device=self.at.device).index_add(0, self.rows, each)
 
     def move(self, better: Tensor, size: Tensor, z: Tensor, share: float) -> None:
-        """Keep betas that made a better bound; then a step, a share of what the form itself has at the neuron."""
+        """Keep betas that made a better bound; then a step, a share of the form's own size at the neuron."""
         if not len(self.rows):
             return
         self.kept = torch.where(better[self.rows], self.beta, self.kept)

@@ -119,7 +119,8 @@ def certify(
                         _cut(model, split, record, number, seconds)
                         _keep(record, path)
                 bar.update(len(batch))
-    _keep(record, path)
+    if left:
+        _keep(record, path)
     return record
 
 

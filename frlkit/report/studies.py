@@ -10,7 +10,7 @@ import numpy as np
 
 from frlkit import KitError, checkpoint, records, runs
 from frlkit.data import Dataset
-from frlkit.recipes import BASE, RECIPES, configure, described
+from frlkit.recipes import BASE, FAIR, RECIPES, configure, described
 from frlkit.report import names
 
 Records = dict[str, list[dict[str, Any]]]  # recipe -> one per seed
@@ -25,9 +25,9 @@ def values(recipe: str, epochs: int, frl_epochs: int, batch_size: int, model: st
     base = recipe.split(",")[0]
     if base in BASE:
         return {"epochs": epochs, **shared}
-    retrained = RECIPES[base].values.get("start") == "uniform" if base in RECIPES else False
+    begins = RECIPES[base].values.get("start") if base in RECIPES else None
     given = {"epochs": frl_epochs} if frl_epochs else {}
-    start = (frl_epochs or RECIPES["uniform"].values["epochs"]) if retrained else epochs
+    start = (frl_epochs or RECIPES[begins].values["epochs"]) if begins in FAIR else epochs
     return {**given, "start_epochs": start, **shared}
 
 
