@@ -133,8 +133,8 @@ class TestSentences:
     def test_half_of_the_hardest_class(self) -> None:
         given = audit(classes=2, curve=[{"eps_255": 0.0, "robust": [0.0, 0.1]}, {"eps_255": 4.0, "robust": [0.1, 0.6]}])
         said = card_words.sentences(given, card.summary(given))["curve"]
-        assert "class 1\u2069 from 4/255 on" in said
-        assert "class 0\u2069 never, up to 4/255" in said
+        assert "class 1\u2069” from 4/255 on" in said
+        assert "class 0\u2069” never, up to 4/255" in said
 
     def test_what_stronger_attacks_and_proofs_add(self) -> None:
         given = full(each=100)
@@ -153,7 +153,7 @@ class TestSentences:
         assert control.endswith("not established to differ.")
         worst = 100 * max(before["robust"]) / 2
         for said, reference in ((against_before, "before"), (against_control, "control")):
-            assert f"against \u2068{reference}\u2069" in said
+            assert f"against “\u2068{reference}\u2069”" in said
             assert f"\u2212{worst:.1f} points" in said
             assert said.endswith(": lower.")
         assert card.comparison([before]) == {}
@@ -193,5 +193,5 @@ class TestFiles:
         shown = [card_figures.label(name, number) for number, name in enumerate(ODD)]
         assert shown[0] == r"\$x_1\$ & <b>"
         assert shown[3:5] == ["two lines", "class 4"]  # the font has no letters of Chinese
-        assert shown[5] == "a" * 19 + "…"
+        assert shown[5] == "a" * 23 + "…"
         assert shown[6] == "class 6"

@@ -9,11 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import tiny_dataset
+from PIL import Image
 from torch import Tensor, nn
 
 from frlkit import KitError, checkpoint, models, recipes, runs, training
 from frlkit.__main__ import main
-from frlkit.audit import example, fairer
+from frlkit.audit import fairer
 from frlkit.data import Dataset, Split
 
 
@@ -135,14 +136,24 @@ def test_four_versions(small: Dataset, tmp_path: Path) -> None:
 
 
 def test_the_commands_share_their_runs(tmp_path: Path) -> None:
-    """`train --start` makes the control that `fairer` then reloads; the card lies where it was asked for."""
-    weights, asked = example.weights(), ["--dataset", "digits", "--epochs", "1", "--runs", str(tmp_path)]
-    done = CliRunner().invoke(main, ["train", "uniform", "--start", str(weights), *asked])
+    """`train --start` makes the control that `fairer` then reloads: a linear network on dark and on bright images."""
+    for part, count in (("train", 10), ("test", 4)):
+        for name, grey in (("dark", 40), ("bright", 200)):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (16, 16), grey + number).save(tmp_path / "images" / part / name / f"{number}.png")
+    code = "import torch.nn as nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 2))\n"
+    (tmp_path / "net.py").write_text(code, encoding="utf-8")
+    linear = {"1.weight": torch.full((2, 256), 0.05), "1.bias": torch.tensor([-6.4, 6.4])}
+    linear["1.weight"][1] *= -1
+    torch.save(linear, tmp_path / "weights.pt")
+    asked = [str(tmp_path / "weights.pt"), "--model", f"{tmp_path / 'net.py'}:net", "--epochs", "1"]
+    asked += ["--dataset", f"folder:{tmp_path / 'images'}", "--runs", str(tmp_path / "runs")]
+    done = CliRunner().invoke(main, ["train", "uniform", "--start", *asked])
     assert done.exit_code == 0, done.output
-    (control,) = tmp_path.glob("digits/uniform,start=weights-*/seed0/weights.safetensors")
+    (control,) = tmp_path.glob("runs/*/uniform,start=weights-*/seed0/weights.safetensors")
     made = control.stat().st_mtime_ns
-    words = ["fairer", str(weights), *asked, "--recipe", "algorithm1_both,steps=1", "--images", "100"]
-    done = CliRunner().invoke(main, [*words, "--output", str(tmp_path / "card")])
+    done = CliRunner().invoke(main, ["fairer", *asked, "--output", str(tmp_path / "card")])
     assert done.exit_code == 0, done.output
     assert control.stat().st_mtime_ns == made
     kept = json.loads((tmp_path / "card" / "card.json").read_text(encoding="utf-8"))

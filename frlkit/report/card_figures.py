@@ -53,7 +53,7 @@ def drawn(draw: Callable[[str], Figure]) -> dict[str, bytes]:
 def label(name: str, number: int) -> str:
     """A class's name as a picture can show it: short, on one line; its number where the font lacks its letters."""
     short = names.plain("".join(c for c in name if unicodedata.category(c)[0] != "C" or c.isspace()))
-    short = short if len(short) <= 20 else f"{short[:19]}…"
+    short = short if len(short) <= 24 else f"{short[:23]}…"
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     return literal(short) if short and all(ord(letter) in font for letter in short) else f"class {number}"
 

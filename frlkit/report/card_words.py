@@ -22,7 +22,7 @@ def named(name: str) -> str:
 
 def isolated(name: str) -> str:
     """A name within a sentence, whichever way its letters run (Unicode's isolates)."""
-    return f"\u2068{named(name)}\u2069"
+    return f"“\u2068{named(name)}\u2069”"
 
 
 def sentences(audit: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
