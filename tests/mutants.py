@@ -191,7 +191,7 @@ MUTANTS = [
 
 def mutated(mutant: Mutant, project: Path = PROJECT) -> str:
     """The module's source with the fault. Raises `ValueError` where its text is not there exactly once."""
-    source = (project / "frlkit" / mutant.module).read_text()
+    source = (project / "frlkit" / mutant.module).read_text(encoding="utf-8")
     if source.count(mutant.old) != 1:
         raise ValueError(
             f"mutant {mutant.what!r}: {mutant.old!r} is {source.count(mutant.old)} times in {mutant.module}: adapt it"
@@ -219,7 +219,7 @@ def run(folder: Path, files: list[str]) -> tuple[int, str]:
     if process.exitcode is None:
         process.kill()
         return 1, "it hangs"
-    lines = (folder / "log").read_text().splitlines()
+    lines = (folder / "log").read_text(encoding="utf-8").splitlines()
     failed = [
         line.split("::", 1)[1].split(" - ")[0]
         for line in lines
@@ -254,10 +254,10 @@ def main() -> int:
         print(f"{'mutant':<42}{'module':<18}noticed by", flush=True)
         for mutant, source in zip(chosen, sources, strict=True):
             path = folder / "frlkit" / mutant.module
-            original = path.read_text()
-            path.write_text(source)
+            original = path.read_text(encoding="utf-8")
+            path.write_text(source, encoding="utf-8")
             code, said = run(folder, [mutant.tests])
-            path.write_text(original)
+            path.write_text(original, encoding="utf-8")
             survivors += code == 0
             print(f"{mutant.what:<42}{mutant.module:<18}{said if code else 'NOTHING: it survives'}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} noticed")

@@ -87,7 +87,7 @@ def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     }
     for file, content in contents.items():
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(content))
+        file.write_text(json.dumps(content), encoding="utf-8")
     folder.mkdir()
     kinds = {"CONFIG_DIR": "config", "DATA_DIR": "data", "RUNTIME_DIR": "runtime"}
     environment = {
@@ -108,11 +108,11 @@ def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
         server = subprocess.Popen(words, cwd=place, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
         deadline, info = time.monotonic() + 300, place / "runtime" / f"jpserver-{server.pid}.json"
-        while not info.exists() or not info.read_text().rstrip().endswith("}"):
-            assert server.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
+        while not info.exists() or not info.read_text(encoding="utf-8").rstrip().endswith("}"):
+            assert server.poll() is None, log.read_text(encoding="utf-8")[-3000:]
+            assert time.monotonic() < deadline, log.read_text(encoding="utf-8")[-3000:]
             time.sleep(0.1)
-        yield Lab(json.loads(info.read_text())["url"], token, folder)
+        yield Lab(json.loads(info.read_text(encoding="utf-8"))["url"], token, folder)
     finally:
         family = [server]
         if server.poll() is None:
@@ -309,6 +309,6 @@ def test_index_shows_any_name_as_it_is(page: Any, tmp_path: Path) -> None:
 
 def test_a_figure_that_is_missing_is_seen(page: Any, tmp_path: Path) -> None:
     """The test above can fail: a picture without a file."""
-    (tmp_path / "index.html").write_text('<!doctype html><img src="absent.png" alt="absent">')
+    (tmp_path / "index.html").write_text('<!doctype html><img src="absent.png" alt="absent">', encoding="utf-8")
     page.goto((tmp_path / "index.html").as_uri(), wait_until="load")
     assert [Path(source).name for source in page.locator("img").evaluate_all(BROKEN)] == ["absent.png"]

@@ -241,10 +241,10 @@ class TestAtomicity:
 
     def test_json_refuses_what_json_has_not(self, tmp_path: Path) -> None:
         checkpoint.write_json(tmp_path / "a.json", {"x": [1.5, "é", None]})
-        assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.5, "é", None]}
+        assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"x": [1.5, "é", None]}
         with pytest.raises(ValueError, match="JSON compliant"):
             checkpoint.write_json(tmp_path / "a.json", {"x": float("nan")})
-        assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.5, "é", None]}
+        assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"x": [1.5, "é", None]}
 
 
 class TestDamage:
@@ -346,7 +346,7 @@ class TestDamage:
             with disk.only_one(two.parent):
                 assert not file.exists()
         mine = two.with_name("notes.tmp")
-        mine.write_text("someone else's")
+        mine.write_text("someone else's", encoding="utf-8")
         with disk.only_one(two.parent):
             assert not disk.at_rest(two.parent)
         assert disk.at_rest(two.parent)
@@ -507,7 +507,7 @@ class TestMirror:
         drive.mirror(tmp_path / "local", tmp_path / "remote")
         monkeypatch.setattr(shutil, "copyfile", cut_the_first)
         checkpoint.write_json(tmp_path / "local" / "a.json", {"a": 1})
-        assert json.loads((tmp_path / "remote" / "a.json").read_text()) == {"a": 1}
+        assert json.loads((tmp_path / "remote" / "a.json").read_text(encoding="utf-8")) == {"a": 1}
         assert len(calls) == 2
 
     def test_no_draft_of_a_copy_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,7 +525,7 @@ class TestMirror:
             patch.setattr(os, "replace", replace)
             checkpoint.write_json(local / "a.json", {"a": 1})
         assert list(remote.iterdir()) == []
-        (remote / "b.json.copy").write_text("a killed session's")
+        (remote / "b.json.copy").write_text("a killed session's", encoding="utf-8")
         drive._mirrors.clear()  # a new session
         drive.mirror(local, remote)
         assert list(remote.iterdir()) == []
@@ -622,7 +622,7 @@ class TestLock:
         with pytest.raises(KitError, match="cannot be") as caught, disk.only_one(folder):
             shutil.rmtree(folder)
             if how == "a file":
-                folder.write_text("")
+                folder.write_text("", encoding="utf-8")
             elif how == "a dangling link":
                 folder.symlink_to(tmp_path / "nowhere")
             (folder / "x").read_bytes()

@@ -90,7 +90,7 @@ class TestEvaluate:
         result = call("evaluate", weights, *words, "--json", out)
         assert result.exit_code == 0, result.output
         assert result.stderr == ""
-        found = json.loads(out.read_text())
+        found = json.loads(out.read_text(encoding="utf-8"))
         errors = evaluation.class_errors(sound, tiny.test, Attack(12.5, 3, 4, 1, "margin"))
         assert found["natural"] == errors.natural.tolist()
         assert found["robust"] == errors.robust.tolist()
@@ -148,7 +148,7 @@ class TestEvaluate:
         if content == "folder":
             path.mkdir()
         elif content in ("text", "empty"):
-            path.write_text("hello" if content == "text" else "")
+            path.write_text("hello" if content == "text" else "", encoding="utf-8")
         elif content != "missing":
             if content == "code":
                 tensors["fc2.bias"] = Malicious(tmp_path / "ran")
@@ -165,7 +165,7 @@ class TestEvaluate:
         assert not (tmp_path / "ran").exists()
 
     def test_out_that_cannot_be_written(self, weights: Path, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("in the way")
+        (tmp_path / "file").write_text("in the way", encoding="utf-8")
         result = call(
             "evaluate", weights, "--dataset", "digits", "--steps", "1", "--json", tmp_path / "file" / "x.json"
         )
@@ -194,7 +194,7 @@ class TestTrain:
         folder = tmp_path / "digits" / "natural" / "seed0"
         assert sorted(os.listdir(folder)) == sorted(runs.FILES)
         config = recipes.configure("natural", "digits", 0, epochs=1, batch_size=50)
-        record = json.loads((folder / "record.json").read_text())
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         assert recipes.Config(**record["config"]) == config
         assert record["weights_sha256"] == checkpoint.digest(dict(runs.load(folder, config).state_dict()))
         assert "digits/natural/seed0 epoch 1/1: loss " in result.output
@@ -217,7 +217,9 @@ class TestTrain:
         folder = tmp_path / "digits" / "natural" / "seed0"
         result = call("evaluate", folder / runs.WEIGHTS, "--dataset", "digits", "--json", tmp_path / "out.json")
         assert result.exit_code == 0, result.output
-        found, record = (json.loads(path.read_text()) for path in (tmp_path / "out.json", folder / "record.json"))
+        found, record = (
+            json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out.json", folder / "record.json")
+        )
         assert found["natural"] == record["natural"]
         assert found["robust"] == record["attacks"][0]["robust"]
         assert found["weights_sha256"] == record["weights_sha256"]
@@ -265,7 +267,7 @@ class TestTrain:
         assert result.exit_code == 130
 
     def test_runs_that_cannot_be_written(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("in the way")
+        (tmp_path / "file").write_text("in the way", encoding="utf-8")
         words = ("--dataset", "digits", "--epochs", "1", "--batch-size", "50", "--runs", tmp_path / "file")
         result = call("train", "natural", *words)
         assert result.exit_code != 0
@@ -288,9 +290,9 @@ class TestVerify:
 
     def test_an_altered_record(self, made: Path) -> None:
         path = made / "digits" / "natural" / "seed0" / "record.json"
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         record["attacks"][1]["robust"][3] -= 0.2
-        path.write_text(json.dumps(record))
+        path.write_text(json.dumps(record), encoding="utf-8")
         result = call("verify", "--dataset", "digits", "--runs", made)
         assert result.exit_code == 1
         assert result.stderr == "Error: a record differs by 20.00 points: more than --tolerance 0.5\n"
@@ -328,7 +330,7 @@ class TestAsAProcess:
         done = self.run(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        assert json.loads((tmp_path / "out.json").read_text())["images"] == 360
+        assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["images"] == 360
 
 
 class TestStandardOutput:

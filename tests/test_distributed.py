@@ -52,7 +52,7 @@ def launch(folder: Path, processes: int, *words: str) -> str:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    (tmp_path / "gradients.py").write_text(GRADIENTS, encoding="utf-8")
     for processes in (1, 2):
         launch(tmp_path, processes, "gradients.py", f"{processes}.pt")
     one, two = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2))
@@ -76,7 +76,9 @@ def test_a_shared_run_is_written_once_and_equals_one_process(tmp_path: Path) -> 
         for key in theirs:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)
     for name in (file for file in found if file.name == "record.json"):
-        ours, theirs = (json.loads((tmp_path / place / name).read_text()) for place in ("shared", "alone"))
+        ours, theirs = (
+            json.loads((tmp_path / place / name).read_text(encoding="utf-8")) for place in ("shared", "alone")
+        )
         assert ours["natural"] == pytest.approx(theirs["natural"], abs=0.1)
 
 

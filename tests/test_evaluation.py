@@ -225,7 +225,7 @@ class TestRecord:
         path = tmp_path / "record.json"
         record = records.evaluate(model, tiny, [QUICK, OTHER], path=path, about={"config": {"seed": 3}})
         assert record["training_counts"] == [20] * 10
-        assert record == json.loads(path.read_text(), parse_constant=never)
+        assert record == json.loads(path.read_text(encoding="utf-8"), parse_constant=never)
         assert record["config"] == {"seed": 3}
         assert record["dataset"] == "digits"
         assert record["split"] == "test"
@@ -285,7 +285,7 @@ class TestRecord:
         monkeypatch.setattr(records, "class_errors", stop_at_other)
         with pytest.raises(KeyboardInterrupt):
             records.evaluate(model, tiny, [QUICK, OTHER], path=path)
-        (entry,) = json.loads(path.read_text())["attacks"]
+        (entry,) = json.loads(path.read_text(encoding="utf-8"))["attacks"]
         assert Attack(**entry["attack"]) == QUICK
 
     def test_other_weights_are_computed_anew(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ class TestRecord:
         assert second["weights_sha256"] != first["weights_sha256"]
         assert second["natural"] != first["natural"]
         assert len(second["attacks"]) == 1
-        assert json.loads(path.read_text()) == second
+        assert json.loads(path.read_text(encoding="utf-8")) == second
 
     def test_other_data_or_company_are_computed_anew(self, model: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
         path = tmp_path / "record.json"
@@ -308,11 +308,11 @@ class TestRecord:
     @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"x"', "\x00"])
     def test_a_damaged_record_is_named(self, model: nn.Module, tiny: Dataset, tmp_path: Path, content: str) -> None:
         path = tmp_path / "record.json"
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         with pytest.raises(KitError, match=r"record\.json") as caught:
             records.evaluate(model, tiny, [QUICK], path=path)
         assert len(str(caught.value).splitlines()) == 1
-        assert path.read_text() == content
+        assert path.read_text(encoding="utf-8") == content
 
     def test_missing_and_undecodable_records_are_named(self, tmp_path: Path) -> None:
         (tmp_path / "record.json").write_bytes(b"\xff\xfe{}")
@@ -325,7 +325,7 @@ class TestRecord:
         with torch.no_grad():
             network.fc2.bias[0] = float("nan")
         record = records.evaluate(network, tiny, [QUICK], path=tmp_path / "record.json")
-        json.loads((tmp_path / "record.json").read_text(), parse_constant=never)
+        json.loads((tmp_path / "record.json").read_text(encoding="utf-8"), parse_constant=never)
         assert sum(record["natural"]) == pytest.approx(9)  # argmax of NaN is one class: nine are all wrong
 
 

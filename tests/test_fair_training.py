@@ -61,7 +61,7 @@ def place_of(runs: Path, start: Path, recipe: str) -> Path:
 
 
 def history_of(place: Path) -> dict[str, Any]:
-    return json.loads((place / "history.json").read_text())
+    return json.loads((place / "history.json").read_text(encoding="utf-8"))
 
 
 class TestFairConfig:

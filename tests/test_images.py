@@ -65,7 +65,7 @@ def photos(root: Path) -> Path:
                     Image.fromarray(pixels(40, 40, 3)).convert(mode),
                     root / "photos" / part / name / f"{number:02}.{kind}",
                 )
-    (root / "photos" / "train" / "ant" / "notes.txt").write_text("no image")
+    (root / "photos" / "train" / "ant" / "notes.txt").write_text("no image", encoding="utf-8")
     return root / "photos"
 
 
@@ -136,7 +136,7 @@ class TestFolder:
                     root / "t" / "train" / name / "images" / f"{image}.PNG",
                 )
             put(np.full((8, 8), 10 * number + 9, np.uint8), root / "t" / "test" / name / "a" / "b" / "x.png")
-            (root / "t" / "train" / name / f"{name}_boxes.txt").write_text("boxes")
+            (root / "t" / "train" / name / f"{name}_boxes.txt").write_text("boxes", encoding="utf-8")
         found = data.load("folder:t", size=8, channels=1)
         both = torch.cat([found.train.images, found.validation.images])[:, 0, 0, 0]
         assert sorted(both.tolist()) == [0, 1, 2, 10, 11, 12]
@@ -149,9 +149,9 @@ class TestFolder:
             put(pixels(9, 9), root / "m" / name)
         for name in ("train/ant/Thumbs.db", "train/ant/.DS_Store", "test/desktop.ini"):
             (root / "m" / name).write_bytes(b"junk")
-        (root / "m" / "README.md").write_text("words")
-        (root / "m" / "train" / "labels.csv").write_text("words")
-        (root / "m" / "train" / "bee" / "LICENSE").write_text("words")
+        (root / "m" / "README.md").write_text("words", encoding="utf-8")
+        (root / "m" / "train" / "labels.csv").write_text("words", encoding="utf-8")
+        (root / "m" / "train" / "bee" / "LICENSE").write_text("words", encoding="utf-8")
         (root / "m" / "train" / "bee" / "clip.mpg").write_bytes(b"film")
         put(pixels(9, 9), root / "m" / "extra" / "ant" / "00.png")
         found = data.load("folder:m", size=None)
@@ -461,7 +461,7 @@ class TestArrays:
 def save_arrow(place: Path, names: list[str], **labels: list[int]) -> np.ndarray:
     """What ``datasets.DatasetDict.save_to_disk`` writes, two files a split; returns the images."""
     place.mkdir(parents=True)
-    (place / "dataset_dict.json").write_text(json.dumps({"splits": list(labels)}))
+    (place / "dataset_dict.json").write_text(json.dumps({"splits": list(labels)}), encoding="utf-8")
     made = []
     for split, values in labels.items():
         cells = []
@@ -476,9 +476,9 @@ def save_arrow(place: Path, names: list[str], **labels: list[int]) -> np.ndarray
             with pa.OSFile(str(place / split / file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table)
         features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-        (place / split / "dataset_info.json").write_text(json.dumps({"features": features}))
+        (place / split / "dataset_info.json").write_text(json.dumps({"features": features}), encoding="utf-8")
         state = {"_data_files": [{"filename": file} for file in files], "_split": split}
-        (place / split / "state.json").write_text(json.dumps(state))
+        (place / split / "state.json").write_text(json.dumps(state), encoding="utf-8")
     (place / "draft.png").unlink()
     return np.stack(made)
 
@@ -501,20 +501,20 @@ class TestArrow:
             data.load("folder:unlabelled")
         save_arrow(root / "hf", ["ant", "bee"], train=[0, 1] * 3, test=[0, 1])
         info = root / "hf" / "test" / "dataset_info.json"
-        whole = info.read_text()
-        info.write_text(whole.replace("bee", "Bee"))
+        whole = info.read_text(encoding="utf-8")
+        info.write_text(whole.replace("bee", "Bee"), encoding="utf-8")
         with pytest.raises(KitError, match="'bee' only to train and 'Bee' only to test"):
             data.load("folder:hf")
-        info.write_text(whole.replace('"ant", "bee"', '"bee", "ant"'))
+        info.write_text(whole.replace('"ant", "bee"', '"bee", "ant"'), encoding="utf-8")
         with pytest.raises(KitError, match="numbers its classes differently in 'test'"):
             data.load("folder:hf")
-        info.write_text(whole.replace("ClassLabel", "Value"))
+        info.write_text(whole.replace("ClassLabel", "Value"), encoding="utf-8")
         with pytest.raises(KitError, match="needs one column of images and one of class labels"):
             data.load("folder:hf")
-        info.write_text("[]")
+        info.write_text("[]", encoding="utf-8")
         with pytest.raises(KitError, match="hf cannot be read"):
             data.load("folder:hf")
-        info.write_text(whole)
+        info.write_text(whole, encoding="utf-8")
         file = next((root / "hf" / "test").glob("*.arrow"))
         file.write_bytes(file.read_bytes()[:100])
         with pytest.raises(KitError, match="hf cannot be read"):
@@ -581,7 +581,7 @@ class TestCache:
     def test_a_folder_that_cannot_be_written_costs_a_warning(
         self, tmp_path: Path, five: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "file").write_text("in the way")
+        (tmp_path / "file").write_text("in the way", encoding="utf-8")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.warns(UserWarning, match="cannot be kept"):
             found = self.read(five)

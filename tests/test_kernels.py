@@ -447,7 +447,7 @@ def test_with_a_broken_compiler_one_warning_and_pytorch(fresh, model, monkeypatc
 @needs_native
 def test_source_that_does_not_compile_is_said(fresh, model, monkeypatch, tmp_path):
     source = tmp_path / "lenet5.cpp"
-    source.write_text("this is no C++")
+    source.write_text("this is no C++", encoding="utf-8")
     monkeypatch.setattr(build, "SOURCE", source)
     declines_once(model, "failed: .*error.*portable")
     assert not list(fresh.iterdir())
@@ -583,5 +583,5 @@ def test_flags_that_change_results_are_refused(fresh, model, monkeypatch, flag):
 
 @needs_native
 def test_a_cache_that_cannot_be_written_is_done_without(fresh, model):
-    fresh.write_text("a file where the folder should be")
+    fresh.write_text("a file where the folder should be", encoding="utf-8")
     assert kernels.available(model)

@@ -10,7 +10,7 @@ from mutants import MUTANTS, PROJECT, Mutant, mutated
 def test_every_mutant_is_a_program(mutant: Mutant) -> None:
     source = mutated(mutant)
     compile(source, mutant.module, "exec")
-    assert source != (PROJECT / "frlkit" / mutant.module).read_text()
+    assert source != (PROJECT / "frlkit" / mutant.module).read_text(encoding="utf-8")
     assert (PROJECT / "tests" / mutant.tests).exists()
 
 

@@ -87,13 +87,13 @@ def mutated(draw: st.DrawFn, whole: Any) -> Any:
 def test_a_json_of_another_shape(tmp_path: Path, kind: str) -> None:
     """What is let through can be worked with; everything else is one sentence that names the file."""
     (read, whole), path, refused = READERS[kind], tmp_path / f"{kind}.json", []
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(whole), encoding="utf-8")
     assert read(path) == whole
 
     @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(mutated(whole))
     def check(content: Any) -> None:
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(content), encoding="utf-8")
         try:
             found = read(path)
         except KitError as error:
@@ -128,7 +128,7 @@ def test_a_json_of_another_shape(tmp_path: Path, kind: str) -> None:
 )
 def test_an_impossible_ladder_is_refused_at_once(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "ladder.json"
-    path.write_text(json.dumps({**LADDER, **change}))
+    path.write_text(json.dumps({**LADDER, **change}), encoding="utf-8")
     for read in (ladder.read, ladder.finished):
         with pytest.raises(KitError, match=r"the ladder .*ladder\.json cannot be read"):
             read(path)

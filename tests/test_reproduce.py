@@ -189,7 +189,7 @@ def test_runs_once_then_skips_and_reruns_what_changed(
     assert reproduce.reproduce("digits", output) == text
     assert executed == []
     for run, rerun in (("dafa", "05"), ("natural", "01")):  # a run changed: what was drawn from it is made again
-        next(elsewhere.rglob(f"{run}*/seed0/record.json")).write_text("{}")
+        next(elsewhere.rglob(f"{run}*/seed0/record.json")).write_text("{}", encoding="utf-8")
         with pytest.raises(KitError, match="stopped"):
             reproduce.reproduce("digits", output)
         assert executed.pop().name.startswith(rerun)
@@ -293,8 +293,10 @@ def test_says_what_it_will_do(small: Path, monkeypatch: pytest.MonkeyPatch, caps
     (output / "02_theory" / "02_theory.html").unlink()
     shipped = small / "checkpoints" / "digits" / "natural" / "seed0"
     shipped.mkdir(parents=True)
-    (shipped / "record.json").write_text("{}")
-    (shipped / "history.json").write_text('{"threads": 2, "epochs": [{"seconds": 3600}, {"seconds": 300}]}')
+    (shipped / "record.json").write_text("{}", encoding="utf-8")
+    (shipped / "history.json").write_text(
+        '{"threads": 2, "epochs": [{"seconds": 3600}, {"seconds": 300}]}', encoding="utf-8"
+    )
     reproduce.reproduce("digits", output)
     again = capsys.readouterr().out.splitlines()
     assert again[0] == f"1 of 2 notebooks to run, into {output}:"
@@ -309,7 +311,9 @@ def test_says_what_training_took_where_the_shipped_runs_are_left_aside(
     monkeypatch.setattr(reproduce.Job, "to_train", lambda job: list(small.glob("checkpoints/*/*/*")))
     shipped = small / "checkpoints" / "digits" / "natural" / "seed0"
     shipped.mkdir(parents=True)
-    (shipped / "history.json").write_text('{"threads": 2, "epochs": [{"seconds": 3600}, {"seconds": 300}]}')
+    (shipped / "history.json").write_text(
+        '{"threads": 2, "epochs": [{"seconds": 3600}, {"seconds": 300}]}', encoding="utf-8"
+    )
     reproduce.reproduce("digits", small / "output", retrain=True)
     assert "1 runs to train: the shipped ones' epochs took 2 h 10 min of one core" in capsys.readouterr().out
 
@@ -333,11 +337,11 @@ def test_runs_to_train_are_the_shipped_ones_that_the_job_does_not_find(small: Pa
 
 def test_a_damaged_note_of_what_is_done_only_costs_time(tmp_path: Path) -> None:
     for content in ('{"01": {"made_by": "x"', "[]", "\0"):
-        (tmp_path / "done.json").write_text(content)
+        (tmp_path / "done.json").write_text(content, encoding="utf-8")
         assert reproduce._read(tmp_path / "done.json") == {}
     (tmp_path / "done.json").write_bytes(b"\xff")
     assert reproduce._read(tmp_path / "done.json") == {}
-    (tmp_path / "done.json").write_text('{"01": {}}')
+    (tmp_path / "done.json").write_text('{"01": {}}', encoding="utf-8")
     assert reproduce._read(tmp_path / "done.json") == {"01": {}}
     assert reproduce._read(tmp_path / "none.json") == {}
 

@@ -127,7 +127,7 @@ class TestVersion01:
         for name in (runs.WEIGHTS, records.OUTCOMES):
             (place / name).unlink()
         for name in ("record.json", "history.json"):
-            found = json.loads((place / name).read_text())
+            found = json.loads((place / name).read_text(encoding="utf-8"))
             del found["data_sha256"]
             checkpoint.write_json(place / name, found)
         return place
@@ -214,7 +214,7 @@ class TestMadeBy:
         said = capsys.readouterr().out
         assert "goes on with" not in said
         assert said.count("epoch 1/3") == 1  # before it was stopped
-        assert len(json.loads((tmp_path / "history.json").read_text())["made_by"]) == 1
+        assert len(json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))["made_by"]) == 1
 
     def test_every_change_is_said_and_kept(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -230,7 +230,7 @@ class TestMadeBy:
         said = capsys.readouterr().out
         assert "kernel portable -> native, versions {" in said
         assert "threads" not in said
-        history = json.loads((tmp_path / "history.json").read_text())
+        history = json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))
         made = history["made_by"]
         assert [(one["kernel"], one["threads"]) for one in made] == [("portable", 1), ("portable", 2), ("native", 2)]
         assert made[-1] == {key: history[key] for key in ("kernel", "threads", "versions")}
@@ -260,7 +260,7 @@ class TestValidationShare:
         images = [{image.numpy().tobytes() for image in part.images} for part in (own, tiny.train, tiny.validation)]
         assert images[0] < images[1] | images[2]
         assert len(own) == 230 - 10 * round(0.2 * 23)
-        assert json.loads((place / "history.json").read_text())["data_sha256"] != tiny.fingerprint
+        assert json.loads((place / "history.json").read_text(encoding="utf-8"))["data_sha256"] != tiny.fingerprint
         assert records.read(place / "record.json")["config"]["validation"] == 0.2
 
 
@@ -283,7 +283,7 @@ class TestRandomStart:
         assert [path.name for path in (tmp_path / "digits").iterdir()] == ["random_start_both"]  # no start is trained
         fresh = checkpoint.digest(dict(models.build("lenet5", 10, seed=3).state_dict()))
         assert checkpoint.digest(begun[0]) == fresh
-        assert json.loads((place / "history.json").read_text())["start"]["sha256"] == fresh
+        assert json.loads((place / "history.json").read_text(encoding="utf-8"))["start"]["sha256"] == fresh
         assert recipes.start_of(config) is None
 
         stopping = runs.folder(tmp_path / "stopped", "random_start_both", config)
@@ -304,7 +304,7 @@ def test_a_start_of_a_start_is_trained_first(tiny: Dataset, tmp_path: Path) -> N
     runs.run(config, tiny, place)
     assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["intercept_uniform", "pgd_at", "uniform"]
     for after, before in (("intercept_uniform", "uniform"), ("uniform", "pgd_at")):
-        history = json.loads((tmp_path / "digits" / after / "seed0" / "history.json").read_text())
+        history = json.loads((tmp_path / "digits" / after / "seed0" / "history.json").read_text(encoding="utf-8"))
         start = records.read(tmp_path / "digits" / before / "seed0" / "record.json")
         assert history["start"]["sha256"] == start["weights_sha256"]
     assert runs.load(runs.folder(tmp_path, "pgd_at", quick), quick)
@@ -335,7 +335,7 @@ class TestOrderOfFields:
         assert self.folder(tmp_path, swapped) == swapped
 
     def test_a_disk_that_does_not_say(self, tmp_path: Path) -> None:
-        (tmp_path / "digits").write_text("no folder")
+        (tmp_path / "digits").write_text("no folder", encoding="utf-8")
         assert self.folder(tmp_path, self.SHIPPED) == self.SHIPPED  # starting the run says what is wrong
         place = tmp_path / ("x" * 300)
         with pytest.raises(disk.ReadError, match="cannot be read"):

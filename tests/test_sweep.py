@@ -43,7 +43,7 @@ grid:
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "sweep.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -211,8 +211,10 @@ class TestPlan:
         assert not run.done
         finish(run)
         assert run.done
-        record = json.loads((run.folder / "record.json").read_text())
-        (run.folder / "record.json").write_text(json.dumps({**record, "attacks": record["attacks"][:1]}))
+        record = json.loads((run.folder / "record.json").read_text(encoding="utf-8"))
+        (run.folder / "record.json").write_text(
+            json.dumps({**record, "attacks": record["attacks"][:1]}), encoding="utf-8"
+        )
         assert not run.done
 
 
@@ -260,10 +262,10 @@ def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str
     errors: dict[str, Any] = {"robust": [0.2, 0.3], "boundary": [0.1, 0.1], "confusion": [[8, 2], [3, 7]]}
     attacks = [{"attack": asdict(attack), **errors} for attack in STANDARD]
     record = {"config": made, "dataset": run.config.dataset, "class_names": ["0", "1"], "attacks": attacks}
-    (run.folder / "record.json").write_text(json.dumps(record))
+    (run.folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     epoch = {"lr": 0.1, "loss": 2.0, "seconds": seconds, "validation": {"natural": [0.1, 0.2], "robust": [0.2, 0.3]}}
     history = {"config": made, "threads": threads, "epochs": [epoch] * run.config.epochs}
-    (run.folder / "history.json").write_text(json.dumps(history))
+    (run.folder / "history.json").write_text(json.dumps(history), encoding="utf-8")
 
 
 class TestDryRun:
@@ -333,7 +335,7 @@ class TestLoop:
             for run in group:
                 finish(run)
                 if run.name == "digits/pgd_at/seed1":
-                    (run.folder / "record.json").write_text(damage)
+                    (run.folder / "record.json").write_text(damage, encoding="utf-8")
                 yield run.folder, "", ""
 
         failed = sweeps.sweep(planned, engine)
@@ -435,7 +437,7 @@ def content(place: Path) -> dict[str, Any]:
         if path.suffix != ".json":
             found[name] = path.read_bytes()
         else:
-            found[name] = json.loads(path.read_text())
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
             for epoch in found[name].get("epochs", []):
                 del epoch["seconds"]
     return found

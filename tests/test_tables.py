@@ -305,7 +305,10 @@ class TestCollected:
         assert frame["dataset"].tolist() == ["fashion_mnist"] * 2
         assert frame["seeds"].tolist() == [len(list(SHIPPED.glob("pgd_at/seed*/record.json"))), 1]
         worst = pd.Series(
-            [100 * max(json.loads(path.read_text())["natural"]) for path in SHIPPED.glob("pgd_at/seed*/record.json")]
+            [
+                100 * max(json.loads(path.read_text(encoding="utf-8"))["natural"])
+                for path in SHIPPED.glob("pgd_at/seed*/record.json")
+            ]
         )
         row = frame.loc["pgd_at"]
         assert row["natural, worst"] == pytest.approx(worst.mean())
@@ -335,11 +338,11 @@ class TestCollected:
 
     def test_two_data_sets(self, tmp_path: Path) -> None:
         for dataset in ("digits", "fashion_mnist"):
-            made = json.loads((SHIPPED / "natural" / "seed0" / "record.json").read_text())
+            made = json.loads((SHIPPED / "natural" / "seed0" / "record.json").read_text(encoding="utf-8"))
             made["config"]["dataset"] = dataset
             place = tmp_path / dataset / "natural" / "seed0"
             place.mkdir(parents=True)
-            (place / "record.json").write_text(json.dumps(made))
+            (place / "record.json").write_text(json.dumps(made), encoding="utf-8")
         frame = tables.by_method(tables.collect([tmp_path]), tables.statistics)
         assert frame["dataset"].tolist() == ["digits", "fashion_mnist"]
 
@@ -353,17 +356,17 @@ class TestCollected:
     )
     def test_runs_that_do_not_belong_together(self, tmp_path: Path, change: dict[str, int], said: str) -> None:
         for number, changed in enumerate(({}, change)):
-            made = json.loads((SHIPPED / "natural" / "seed0" / "record.json").read_text())
+            made = json.loads((SHIPPED / "natural" / "seed0" / "record.json").read_text(encoding="utf-8"))
             made["config"] |= changed
             place = tmp_path / str(number) / "natural" / "seed0"
             place.mkdir(parents=True)
-            (place / "record.json").write_text(json.dumps(made))
+            (place / "record.json").write_text(json.dumps(made), encoding="utf-8")
         with pytest.raises(KitError, match=said):
             tables.collect([tmp_path / "0", tmp_path / "1"])
 
     def test_a_record_of_something_else(self, tmp_path: Path) -> None:
         other = {"dataset": "digits", "class_names": ["a", "b"], "attacks": []}  # of weights, not of a run
-        (tmp_path / "record.json").write_text(json.dumps(other))
+        (tmp_path / "record.json").write_text(json.dumps(other), encoding="utf-8")
         with pytest.raises(KitError, match="is no record of a run"):
             tables.collect([tmp_path])
 

@@ -81,9 +81,9 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert list(weights[0]) == list(weights[1])
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), name
-    histories = [json.loads((folder / "history.json").read_text()) for folder in (first, second)]
+    histories = [json.loads((folder / "history.json").read_text(encoding="utf-8")) for folder in (first, second)]
     assert without_seconds(histories[0]) == without_seconds(histories[1])
-    found = [json.loads((folder / "record.json").read_text()) for folder in (first, second)]
+    found = [json.loads((folder / "record.json").read_text(encoding="utf-8")) for folder in (first, second)]
     assert found[0] == found[1]
     assert (first / records.OUTCOMES).read_bytes() == (second / records.OUTCOMES).read_bytes()
 
@@ -394,7 +394,7 @@ class TestAverage:
         assert not torch.equal(model.fc2.bias, progress.model.fc2.bias)
         attack = Attack(config.eps_255, config.step_255, steps=10)
         errors = evaluation.class_errors(progress.average, tiny.validation, attack)
-        last = json.loads((tmp_path / "history.json").read_text())["epochs"][-1]["validation"]
+        last = json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))["epochs"][-1]["validation"]
         assert last == {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
 
 
@@ -556,7 +556,7 @@ class TestRun:
     def test_what_history_and_record_hold(self, tiny: Dataset, tmp_path: Path) -> None:
         config = RUNS["pgd_at"]
         model = runs.run(config, tiny, tmp_path)
-        history = json.loads((tmp_path / "history.json").read_text())
+        history = json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))
         assert set(history) == {"config", "data_sha256", "made_by", "kernel", "threads", "versions", "epochs"}
         assert history["made_by"] == [{key: history[key] for key in ("kernel", "threads", "versions")}]
         assert history["data_sha256"] == tiny.fingerprint
@@ -574,7 +574,7 @@ class TestRun:
         expected = evaluation.class_errors(model, tiny.validation, Attack(config.eps_255, config.step_255, steps=10))
         last = history["epochs"][-1]["validation"]
         assert last == {"natural": expected.natural.tolist(), "robust": expected.robust.tolist()}
-        record = json.loads((tmp_path / "record.json").read_text())
+        record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
         assert Config(**record["config"]) == config
         assert [entry["attack"]["eps_255"] for entry in record["attacks"]] == [8, 16]
         assert record["images"] == 50
@@ -584,8 +584,8 @@ class TestRun:
 
     def test_training_learns(self, tiny: Dataset, tmp_path: Path) -> None:
         runs.run(replace(RUNS["natural"], epochs=12, lr=0.005), tiny, tmp_path)
-        history = json.loads((tmp_path / "history.json").read_text())["epochs"]
-        record = json.loads((tmp_path / "record.json").read_text())
+        history = json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))["epochs"]
+        record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
         assert history[-1]["loss"] < 0.5 * history[0]["loss"]
         assert sum(record["natural"]) / 10 < 0.45  # guessing is 0.9
 
@@ -595,7 +595,7 @@ class TestRun:
         values = iter([1.0, 2.0, 3.0, 40.0])
         monkeypatch.setattr(training, "loss", lambda model, x, *_: model(x).sum() * 0 + next(values))
         runs.run(replace(RUNS["natural"], epochs=1), tiny, tmp_path)
-        (epoch,) = json.loads((tmp_path / "history.json").read_text())["epochs"]
+        (epoch,) = json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))["epochs"]
         assert epoch["loss"] == pytest.approx((64 * (1 + 2 + 3) + 8 * 40) / 200)
 
     def test_the_callers_random_state_is_left_alone(self, tiny: Dataset, tmp_path: Path) -> None:
