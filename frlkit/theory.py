@@ -13,7 +13,6 @@ paper's annex has slips, and its extracted text lost the roots: these are the co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
@@ -24,6 +23,7 @@ from scipy.special import expit, exprel, log_ndtr, ndtr
 from frlkit import KitError
 
 Pair = tuple[float, float]  # class -1, class +1
+TIGHT = {"ftol": 1e-15, "gtol": 1e-9}
 
 
 def _need(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -100,10 +100,9 @@ class GaussianTask:
 
     def sample(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw `n` points, class sizes in exact proportion: x of shape (n, m + d), y of shape (n,) with values ±1."""
-        rng = np.random.default_rng(seed)
         y = np.where(np.arange(n) < round(n * self.prior), 1.0, -1.0)
         spread = self.sigma * np.where(y > 0, self.K, 1.0)[:, None]
-        return y[:, None] * self.theta + spread * rng.standard_normal((n, self.m + self.d)), y
+        return y[:, None] * self.theta + spread * np.random.default_rng(seed).standard_normal((n, self.m + self.d)), y
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,9 +210,12 @@ def penalised(task: GaussianTask, eps: float, phi_nat: Pair, phi_bdy: Pair = (0.
 
     rules = [rule.levelled(e) for rule in (task.natural(), task.robust(eps)) for e in (0.0, eps)]
     starts = [[1.0, rule.w[-1] / rule.w[0] if task.d else 0.0, rule.b / rule.w[0]] for rule in rules]
-    rule, least = _descend(task, risk, starts, [(1, 1), (0, 1)])
+    bounds = [(1, 1), (0, 1 if task.d else 0), (None, None)]
+    found = (minimize(risk, start, jac="3-point", bounds=bounds, options=TIGHT) for start in starts)
+    best = min(found, key=lambda result: result.fun)
+    rule = LinearRule(task, np.repeat(best.x[:2], [task.m, task.d]), float(best.x[2]))
     low, high = shares * (1 + nat)  # what always answering +1, always answering -1 cost; a huge b is no better
-    return rule if least < (1 - 1e-9) * min(low, high) else replace(rule, b=math.inf if low < high else -math.inf)
+    return rule if best.fun < (1 - 1e-9) * min(low, high) else replace(rule, b=math.inf if low < high else -math.inf)
 
 
 def effective_radius(rule: LinearRule, eps: float, phi_nat: Pair, phi_bdy: Pair = (0.0, 0.0)) -> float:
@@ -277,12 +279,18 @@ def logistic_limit(task: GaussianTask, eps: float) -> LinearRule:
     """The minimiser of the expected robust logistic loss (convex, so two weights and b do): `train`, unlimited data."""
     z = np.linspace(-9, 9, 361)
     density = np.exp(-z * z / 2) / np.exp(-z * z / 2).sum()
+    shares, count = np.array([1 - task.prior, task.prior]), np.array([task.m, task.d])
 
-    def risk(p: np.ndarray) -> float:
+    def risk(p: np.ndarray) -> tuple[float, np.ndarray]:
         means, spreads = _margins(task, p, eps)
-        return float(density @ np.logaddexp(0, -(means + np.outer(z, spreads))) @ [1 - task.prior, task.prior])
+        t = means + np.outer(z, spreads)
+        pull = -density[:, None] * expit(-t) * shares  # the slope in each margin
+        weights = pull.sum() * count * (np.array([task.gamma, task.eta]) - eps)
+        weights += z @ pull @ spreads * count * p[:2] / max(count @ p[:2] ** 2, math.ulp(0.0))
+        return float(density @ np.logaddexp(0, -t) @ shares), np.append(weights, pull.sum(0) @ [-1, 1])
 
-    return _descend(task, risk, [[0.1, 0.0, 0.0]], [(0, None), (0, None)])[0]
+    p = minimize(risk, [0.1, 0.0, 0.0], jac=True, bounds=[(0, None), (0, None), (None, None)], options=TIGHT).x
+    return LinearRule(task, np.repeat(p[:2], [task.m, task.d]), float(p[2]))
 
 
 def _margins(task: GaussianTask, p: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
@@ -290,11 +298,3 @@ def _margins(task: GaussianTask, p: np.ndarray, eps: float) -> tuple[np.ndarray,
     count = np.array([task.m, task.d])
     center = count @ (p[:2] * np.array([task.gamma - eps, task.eta - eps]))
     return center + np.array([-p[2], p[2]]), math.sqrt(count @ p[:2] ** 2) * task.sigma * np.array([1, task.K])
-
-
-def _descend(task: GaussianTask, risk: Callable, starts: list, limits: list) -> tuple[LinearRule, float]:
-    """The lowest minimum of `risk`(p) from `starts`, p as in `_margins` with weights within `limits`, and its risk."""
-    bounds, options = [limits[0], limits[1] if task.d else (0, 0), (None, None)], {"ftol": 1e-15, "gtol": 1e-9}
-    found = [minimize(risk, start, jac="3-point", bounds=bounds, options=options) for start in starts]
-    best = min(found, key=lambda result: result.fun)
-    return LinearRule(task, np.repeat(best.x[:2], [task.m, task.d]), float(best.x[2])), best.fun
