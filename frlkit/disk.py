@@ -25,6 +25,7 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
+OF_DISKS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENOTCONN}  # if no file is named
 DRAFT = re.compile(r".+\.[0-9a-f]{8}\.tmp")  # the name of a file that is being written
 
 _held: dict[Path, Hold] = {}  # what this process has locked
@@ -184,6 +185,8 @@ def only_one(folder: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            if error.filename is None and error.errno in OF_DISKS and not isinstance(error, KitError):
+                raise not_written(folder, error) from None  # of a write, which names no file
             named = isinstance(error.filename, (str, bytes, os.PathLike))
             if isinstance(error, KitError) or not named or folder not in Path(os.fsdecode(error.filename)).parents:
                 raise

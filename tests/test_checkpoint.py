@@ -628,6 +628,13 @@ class TestLock:
             (folder / "x").read_bytes()
         assert "Errno" not in str(caught.value)
 
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+    def test_a_disks_error_that_names_no_file_names_the_folder(self, tmp_path: Path, number: int) -> None:
+        words = re.escape(f"{tmp_path} cannot be written ({os.strerror(number)})")
+        with pytest.raises(disk.WriteError, match=words), disk.only_one(tmp_path):
+            raise OSError(number, os.strerror(number))  # as write does
+        assert not list(tmp_path.parent.glob("*/run.lock"))
+
     def test_other_errors_pass_as_they_are(self, tmp_path: Path) -> None:
         for error in (
             OSError("of something else"),

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,11 +22,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -38,7 +35,7 @@ from cases import CASES, MOST_LOST, SWEEPS, Case  # noqa: E402
 from conftest import tiny_dataset  # noqa: E402
 from faulty import COMMANDS, STEPS, TITLES, Fault, Stage  # noqa: E402
 
-from frlkit import PROJECT, data, records  # noqa: E402
+from frlkit import data, records  # noqa: E402
 
 EVENTS = {  # at every event of its sort
     "SIGKILL": "SIGKILL at every change of a file",
@@ -120,9 +117,7 @@ class Results:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        server = psutil.Process(forkserver._forkserver._forkserver_pid).cpu_times()  # type: ignore[attr-defined]
-        spent = sum(server[:4]) + sum(os.times()[:4])
-        self.add({"about": about(), "cpu_seconds": spent, "seconds": time.monotonic() - self.began})
+        self.add({"about": about(), "seconds": time.monotonic() - self.began})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -132,11 +127,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def about() -> str:
-    """Machine, versions, commit and date."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True).stdout
+    """Date, machine and versions."""
     made = ", ".join(f"{name} {value}" for name, value in records.versions().items())
     machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
-    return f"{time.strftime('%Y-%m-%d', time.gmtime())}, {machine}; {made}" + (commit and f"; commit {commit.strip()}")
+    return f"{time.strftime('%Y-%m-%d', time.gmtime())}, {machine}; {made}"
 
 
 def campaign(words: argparse.Namespace, results: Results) -> None:
@@ -202,9 +196,9 @@ def table(kept: list[dict[str, Any]]) -> tuple[str, int]:
     for (command, row), counts in (*rows.items(), (("all", ""), everything)):
         numbers = " | ".join(f"{counts[name]:,}" for name in ("there", "tried", "survived", "lost"))
         text.append(f"| {command} | {row} | {numbers} |")
-    spent = [sum(line.get(name, 0) for line in kept) / 60 for name in ("cpu_seconds", "seconds")]
-    made = "; ".join(dict.fromkeys(line["about"] for line in kept if "about" in line))
-    text += ["", f"{made}. {spent[0]:.0f} minutes of one core, {spent[1]:.0f} by the clock."]
+    minutes = sum(line.get("seconds", 0) for line in kept) / 60
+    made = ". ".join(dict.fromkeys(line["about"] for line in kept if "about" in line))
+    text += ["", f"{made}. {minutes:.0f} minutes by the clock."]
     return "\n".join(text), int(everything["survived"] < everything["tried"])
 
 
