@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import learnt
+from conftest import learnt, tiny_dataset
 from torch import Tensor, nn
 
 from frlkit import KitError, data, evaluation, models
@@ -132,12 +132,9 @@ class TestLayouts:
         assert torch.equal(network.module.eval()(x), own.eval()(x))
 
     def test_wide_resnet_as_trades_and_the_paper_have_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from functools import partial
-
-        from frlkit.models import ResNet, _PreActivationBlock
-
-        narrow = partial(ResNet, block=_PreActivationBlock, blocks=(4, 4, 4), widths=(16, 4, 8, 16))
-        monkeypatch.setitem(models.MODELS, "wrn_28_10", narrow)
+        wide = models.MODELS["wrn_28_10"]
+        monkeypatch.setitem(models.MODELS, "wrn_28_10", lambda classes: wide(classes, widths=(16, 4, 8, 16)))
+        monkeypatch.setattr(networks, "image_shape", lambda _: (32, 3))
         own = models.build("wrn_28_10", seed=0).eval()
         public: dict[str, Tensor] = {"sub_block1.layer.0.conv1.weight": torch.ones(4, 16, 3, 3)}
         for name, tensor in own.state_dict().items():
@@ -236,8 +233,10 @@ class TestFind:
 
 class TestCommand:
     @pytest.fixture(autouse=True)
-    def tiny_digits(self, tiny: Dataset, tiny28: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(data, "load", lambda _, **rest: tiny28 if rest.get("size") == 28 else tiny)
+    def digits_with_more_to_test(self, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Enough of them to tell readings apart."""
+        found = {size: tiny_dataset(data.load("digits", size=size), 1, 1, 30) for size in (28, 32)}
+        monkeypatch.setattr(data, "load", lambda _, **rest: found[rest.get("size") or 32])
 
     def call(self, *words: str | Path) -> Any:
         return CliRunner().invoke(main, [*map(str, words)])

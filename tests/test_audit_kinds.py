@@ -45,13 +45,13 @@ USUAL = ("conv1", "conv2", "fc1", "fc2", "fc3")
 @pytest.fixture(scope="module")
 def tiny(digits: Dataset) -> Dataset:
     """Enough test images to tell readings apart."""
-    return tiny_dataset(digits, 20, 3, 30)
+    return tiny_dataset(digits, 60, 3, 30)
 
 
 @pytest.fixture(scope="module")
 def tiny28() -> Dataset:
     """The same at 28x28."""
-    return tiny_dataset(data.load("digits", size=28), 20, 3, 30)
+    return tiny_dataset(data.load("digits", size=28), 60, 3, 30)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def trained(tiny: Dataset, tiny28: Dataset) -> dict[str, nn.Module]:
         "tanh": learnt(lenet(nn.Tanh, nn.AvgPool2d), x, y),
         "relu": learnt(lenet(nn.ReLU, nn.MaxPool2d, padding=2), (x28 - 0.1307) / 0.3081, y),
         "small": learnt(lenet(nn.ReLU, nn.MaxPool2d, last=4), x28, y),
-        "colour": learnt(lenet(nn.ReLU, nn.MaxPool2d, colours=3), x.repeat(1, 3, 1, 1) * 2 - 1, y, 25),
+        "colour": learnt(lenet(nn.ReLU, nn.MaxPool2d, colours=3), x.repeat(1, 3, 1, 1) * 2 - 1, y),
     }
 
 

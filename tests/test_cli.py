@@ -89,7 +89,7 @@ class TestEvaluate:
         words = ("--dataset", "digits", "--eps", "12.5", "--step-size", "3", "--steps", "4", "--loss", "margin")
         result = call("evaluate", weights, *words, "--json", out)
         assert result.exit_code == 0, result.output
-        assert result.stderr == ""
+        assert all("could as well be read as" in line for line in result.stderr.splitlines())  # on so few images
         found = json.loads(out.read_text(encoding="utf-8"))
         errors = evaluation.class_errors(sound, tiny.test, Attack(12.5, 3, 4, 1, "margin"))
         assert found["natural"] == errors.natural.tolist()
@@ -171,8 +171,9 @@ class TestEvaluate:
         )
         assert result.exit_code != 0
         assert isinstance(result.exception, SystemExit), result.exception
-        assert len(result.stderr.splitlines()) == 1
-        assert str(tmp_path / "file") in result.stderr
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("Error: ")
+        assert str(tmp_path / "file") in last
 
     def test_data_that_are_nowhere(self, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import torchvision

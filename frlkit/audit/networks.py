@@ -27,6 +27,11 @@ from frlkit.values import first_line
 
 ACTIVATIONS = {"tanh": torch.tanh, "ReLU": torch.relu, "sigmoid": torch.sigmoid}
 POOLINGS = {"average": F.avg_pool2d, "max": F.max_pool2d}
+#: The commonest pairs first.
+PAIRS = (
+    *(("tanh", "average"), ("ReLU", "max"), ("sigmoid", "average")),
+    *(("ReLU", "average"), ("tanh", "max"), ("sigmoid", "max")),
+)
 #: Of torchvision's, those that a file's names are compared with where nobody says which it is.
 COMMON = ("resnet18", "resnet34", "resnet50", "vgg11", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121", "alexnet")
 _BLOCK = re.compile(r"(?:layer|block)(\d+)\.(?:layer\.)?(\d+)\.(.+)")
@@ -134,7 +139,7 @@ def _lenets(weights: Weights, classes: int) -> Iterator[Network]:
         own = models.build("lenet5", classes)
         normalises = fit(own, weights)
         yield Network("LeNet-5, tanh, average pooling, 32x32", own, 32, 1, 0, normalises)
-    for (side, padding, border), active, pool in itertools.product(geometries, ACTIVATIONS, POOLINGS):
+    for (side, padding, border), (active, pool) in itertools.product(geometries, PAIRS):
         if (side, active, pool, channels) == (32, "tanh", "average", 1):
             continue
         module = LeNet(classes, channels, side + 2 * border, padding, active, pool)

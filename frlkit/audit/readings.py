@@ -32,7 +32,7 @@ from frlkit.values import first_line
 FEW, MANY = 200, 2000  # images that all readings, and the best of them, are compared on; fewer of a large network
 FINAL = 12  # how many are those
 WORK = 1e11  # floating-point operations that each of the two may take: seconds on one core
-SCALES = tuple(2.0**power for power in range(-5, 2))
+SCALES = tuple(2.0 ** (power / 2) for power in range(-12, 5))
 Numbers = tuple[float, ...]
 #: What people subtract and divide by, channel by channel.
 USUAL: dict[str, tuple[Numbers, Numbers]] = {
@@ -212,10 +212,10 @@ class _Score:
     def error(self) -> float:
         return float(1 - self.right.mean())
 
-    def worse(self, other: _Score, least: float = 0.0) -> bool:
-        """Whether its error is surely larger: by `least`, and by 3 standard errors of the difference."""
+    def worse(self, other: _Score, least: float = 0.0, sure: float = 3.0) -> bool:
+        """Whether its error is larger: by `least`, and by so many standard errors of the difference."""
         gained, lost = (other.right & ~self.right).sum(), (self.right & ~other.right).sum()
-        return bool(gained - lost > max(least * len(self.right), 3 * math.sqrt(gained + lost)))
+        return bool(gained - lost > max(least * len(self.right), sure * math.sqrt(gained + lost)))
 
     def less_likely(self, other: _Score) -> bool:
         """Whether its loss is larger by a standard error of the difference."""
@@ -228,8 +228,8 @@ def _choose(
 ) -> tuple[Reading, list[float], list[str]]:
     """The best of the readings that were asked for, the error of each of all, and what is doubtful about the choice.
 
-    Of those whose errors can hardly be told apart, the likeliest before any image was seen stands first; it gives way
-    to one with a lower loss.
+    Of those whose errors can hardly be told apart, the first, likeliest before any image was seen, gives way only to a
+    lower loss.
     """
     scores = _scores(tries, images, FEW)
     allowed = [number for number in range(len(tries)) if tries[number] in asked]
@@ -247,13 +247,17 @@ def _choose(
     more = dict(zip(final, _scores([tries[number] for number in final], images, MANY), strict=True))
     errors = [more.get(number, scores[number]).error for number in range(len(tries))]
     lowest = min(close, key=errors.__getitem__)
-    close = [number for number in close if not more[number].worse(more[lowest])]
-    likeliest = min(close, key=lambda number: more[number].loss.mean())
+    close = [number for number in close if not more[number].worse(more[lowest], sure=1)]
+    loss = {number: more[number].loss.mean() for number in final}
+    likeliest = min(close, key=loss.__getitem__)
     chosen = likeliest if more[close[0]].less_likely(more[likeliest]) else close[0]
-    guess = 1 - 1 / len(images(tries[0].network).class_names)
-    for other in final:
+    if (
+        errors[lowest] > (1 - 1 / len(images(tries[0].network).class_names)) / 2
+    ):  # whatever it has learnt, it is not this
+        return tries[close[0]], errors, []
+    for other in sorted({*close, best}, key=loss.__getitem__):
         differ = np.abs(more[other].loss - more[chosen].loss).mean() > 1e-3
-        if differ and errors[other] < guess / 2 and not more[other].less_likely(more[chosen]):
+        if differ and not more[other].less_likely(more[chosen]):
             doubt = f"the file could as well be read as {tries[other]} ({errors[other]:.1%} of clean images are wrong)"
             return tries[chosen], errors, [f"{doubt} as {tries[chosen]} ({errors[chosen]:.1%})"]
     return tries[chosen], errors, []
