@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from frlkit import PROJECT, KitError, checkpoint, recipes, records, runs
+from frlkit.evaluation import Attack
 from frlkit.report import claims, coverage, documents
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +45,41 @@ def test_check_says_what_disagrees_and_writes_nothing(copies: Path) -> None:
         "README.md: table 'fairness' is not what its records say: run frlkit report",
     ]
     assert (copies / "README.md").read_text(encoding="utf-8") == altered
+
+
+class TestSigns:
+    """Tables of another data set's runs, by hand."""
+
+    @pytest.fixture
+    def project(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(documents, "PROJECT", tmp_path)
+        return tmp_path
+
+    def put(self, project: Path, recipe: str, seed: int, robust: list[float]) -> None:
+        entries = [
+            {"attack": vars(Attack(float(eps))), "robust": robust, "boundary": [0.1, 0.1]} for eps in (8, 16, 12)
+        ]
+        record = {
+            **{"dataset": "gtsrb", "class_names": ["Stop", "Yield"], "class_counts": [30, 10], "images": 40},
+            **{"training_counts": [300, 100], "natural": [0.1, 0.3], "config": {"seed": seed}},
+            "attacks": [{**entry, "confusion": [[30, 0], [0, 10]]} for entry in entries],
+        }
+        checkpoint.write_json(project / "checkpoints" / "gtsrb" / recipe / f"seed{seed}" / "record.json", record)
+
+    def test_nothing_yet(self, project: Path) -> None:
+        assert {documents.signs(), documents.steps(), documents.split()} == {documents.UNMEASURED}
+
+    def test_by_hand(self, project: Path) -> None:
+        for seed in (0, 1):
+            self.put(project, "pgd_at", seed, [0.4, 0.8 + 0.1 * seed])
+            self.put(project, "n_fgsm", seed, [0.5, 0.8])
+        expected = "| GTSRB-43, PGD-AT | 20.0 | 15.0 | 30.0 | 10.0 | 62.5 | 51.2 | 85.0 | 40.0 | Yield | 400 | 2 |"
+        assert expected in documents.signs().splitlines()
+        lines = documents.steps().splitlines()
+        assert lines[2:] == [
+            "| GTSRB-43 | N-FGSM, one step | natural | 0.0 ± 0.0 | Stop +0.0 | 0.0 | 2 |",
+            "| GTSRB-43 | N-FGSM, one step | PGD-20 12/255 | 2.5 ± 3.5 | Stop +10.0 | 0.0 | 2 |",
+        ]
 
 
 class TestCoverage:

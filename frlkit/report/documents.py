@@ -68,9 +68,9 @@ def _replacement(found: re.Match[str]) -> str:
     return f"{found[1]}{TABLES[found[2]]()}\n{found[3]}"
 
 
-def shipped(titles: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Test records of shipped runs on Fashion-MNIST, recipe -> one per seed; those titles that have any."""
-    place = PROJECT / "checkpoints" / "fashion_mnist"
+def shipped(titles: Sequence[str], dataset: str = "fashion_mnist") -> dict[str, list[dict[str, Any]]]:
+    """Test records of shipped runs on a data set, recipe -> one per seed; those titles that have any."""
+    place = PROJECT / "checkpoints" / dataset
     found = {recipe: sorted((place / recipe).glob("seed*/record.json")) for recipe in map(names.recipe, titles)}
     return {recipe: [records.read(path) for path in paths] for recipe, paths in found.items() if paths}
 
@@ -151,10 +151,7 @@ def signs() -> str:
     """The paper's Tables 2 and 4 from shipped runs on GTSRB: averages over classes and images, worst and best class."""
     lines = []
     for dataset in ("gtsrb", "gtsrb17"):
-        files = sorted((PROJECT / "checkpoints" / dataset).glob("*/seed*/record.json"))
-        found: dict[str, list[dict[str, Any]]] = {}
-        for path in files:
-            found.setdefault(path.parents[1].name, []).append(records.read(path))
+        found = shipped(list(names.METHODS), dataset)
         table = tables.statistics(tables.tidy(found)).to_dict("index") if found else {}
         for recipe, seeds in found.items():
             measured = [table[recipe, measure] for measure in ("natural", "PGD-20 12/255")]
@@ -167,6 +164,26 @@ def signs() -> str:
     kinds = ("average over classes", "over images", "worst", "best")
     head = ["", *(f"{kind}, {part}" for kind in ("natural", "12/255") for part in kinds)]
     return tables.markdown([*head, "worst class", "training images", "seeds"], lines) if lines else UNMEASURED
+
+
+def steps() -> str:
+    """Cheaper attacks in training beside ten steps, class by class: from the shipped runs of ``sweeps/steps.yaml``."""
+    lines = []
+    for dataset, eps in (("fashion_mnist", 8), ("gtsrb", 12)):
+        for recipe in ("pgd_at,steps=5", "n_fgsm", "pgd_at,precision=float32"):
+            errors = tables.tidy(found) if len(found := shipped([recipe, "pgd_at"], dataset)) == 2 else None
+            for measure in () if errors is None else ("natural", f"PGD-20 {eps}/255"):
+                ours, ten = (tables.classwise(errors, r, measure) for r in (recipe, "pgd_at"))
+                change = (ours - ten).dropna()
+                most = change.mean().abs().idxmax()
+                cells = [
+                    tables.plus_minus(change.mean(axis=1)),
+                    f"{most} {change.mean()[most]:+.1f}",
+                    f"{ten.std()[most]:.1f}",
+                ]
+                lines.append([names.dataset(dataset), names.title(recipe), measure, *cells, len(change)])
+    head = ["", "recipe", "error", "average", "class that changes most", "its sd over seeds", "seeds"]
+    return tables.markdown(head, lines) if lines else UNMEASURED
 
 
 def split() -> str:
@@ -226,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "signs": signs,
     "colour": colour,
     "split": split,
+    "steps": steps,
     "formats": colour_formats,
     "coverage": coverage.table,
     "matrix": matrix.table,
