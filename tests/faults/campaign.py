@@ -100,12 +100,13 @@ def main() -> int:
 
 
 class Results:
-    """What has been found, line by line in a file that is kept, and what finding it took."""
+    """What has been found, line by line in a file that is kept, and on what machine."""
 
     def __init__(self, path: Path | None, kept: list[dict[str, Any]]) -> None:
         self.kept, self.began = kept, time.monotonic()
         self.known = {(line["command"], line["fault"]) for line in kept if "fault" in line}
         self.file = path.open("a", encoding="utf-8") if path else None
+        self.add({"about": about()})
 
     def add(self, line: dict[str, Any]) -> None:
         self.kept.append(line)
@@ -117,7 +118,7 @@ class Results:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.add({"about": about(), "seconds": time.monotonic() - self.began})
+        print(f"{(time.monotonic() - self.began) / 60:.0f} minutes", flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -196,9 +197,7 @@ def table(kept: list[dict[str, Any]]) -> tuple[str, int]:
     for (command, row), counts in (*rows.items(), (("all", ""), everything)):
         numbers = " | ".join(f"{counts[name]:,}" for name in ("there", "tried", "survived", "lost"))
         text.append(f"| {command} | {row} | {numbers} |")
-    minutes = sum(line.get("seconds", 0) for line in kept) / 60
-    made = ". ".join(dict.fromkeys(line["about"] for line in kept if "about" in line))
-    text += ["", f"{made}. {minutes:.0f} minutes by the clock."]
+    text += ["", ". ".join(dict.fromkeys(line["about"] for line in kept if "about" in line))]
     return "\n".join(text), int(everything["survived"] < everything["tried"])
 
 
