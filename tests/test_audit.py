@@ -236,7 +236,7 @@ class TestCommand:
     def digits_with_more_to_test(self, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
         """Enough of them to tell readings apart."""
         found = {size: tiny_dataset(data.load("digits", size=size), 1, 1, 30) for size in (28, 32)}
-        monkeypatch.setattr(data, "load", lambda _, **rest: found[rest.get("size") or 32])
+        monkeypatch.setattr(data, "load", lambda _, **rest: found.get(rest.get("size"), found[32]))
 
     def call(self, *words: str | Path) -> Any:
         return CliRunner().invoke(main, [*map(str, words)])
