@@ -256,6 +256,8 @@ def test_what_is_said_of_each_stands_in_the_documentation(
 
 def masked(said: str) -> str:
     """Without what rounding on another machine, or one of 300 images, may change."""
-    said = re.sub(r"; doubtful: the file could as well be read as .*? are wrong\) as .*?%\)", "", said.replace("|", "/"))
+    said = re.sub(
+        r"; doubtful: the file could as well be read as .*? are wrong\) as .*?%\)", "", said.replace("|", "/")
+    )
     said = re.sub(r"read as .*? are wrong, and read as .*?%:", "read as A, 9% are wrong, and read as B, 9%:", said)
     return re.sub(r"[\d.]+%", "…%", said)
