@@ -114,7 +114,7 @@ def test_lines_stay_on_their_sides(activation: str, low: float, width: float, po
     layer = layers.chain([Part(torch.ones(1, 1), torch.zeros(1), activation=activation)], (1, 1, 1))[0]
     ends = (torch.full((1, 1, 1, 1, 1), low + part, dtype=torch.float64) for part in (0.0, width))
     around = lines.enclose(layer, *ends, torch.zeros(1, 1, 1, 1, 1))
-    slope, half_slope, intercept, half = lines.lines(layer, around, torch.full_like(around.low, point))
+    slope, half_slope, intercept, half, *_ = lines.lines(layer, around, torch.full_like(around.low, point))
     z = torch.linspace(0, 1, 1001, dtype=torch.float64) * width + low
     curve = z.tanh() if activation == "tanh" else z.relu()
     below = ((slope - half_slope) * z + intercept - half).flatten()
@@ -131,7 +131,7 @@ def test_max_pooling_picks_one_of_each_cell() -> None:
     layer = layers.chain([Part(torch.ones(1, 1, 1, 1), torch.zeros(1), 0, "relu", "max")], (1, 2, 2))[0]
     low, high = (torch.tensor(ends).double().view(1, 1, 2, 1, 2) for ends in ([-1.0, 0, -3, -1], [2.0, 1, -2, 0.5]))
     around = lines.enclose(layer, low, high, torch.zeros(1, 1, 1, 1, 1))
-    slope, half_slope, intercept, half = lines.lines(layer, around, lines.usual_points(layer, around))
+    slope, half_slope, intercept, half, *_ = lines.lines(layer, around, lines.usual_points(layer, around))
     expected_above = torch.tensor([1 / 3, 0, 0, 0]).double()
     expected_below = torch.tensor([1.0, 0, 0, 0]).double()
     torch.testing.assert_close((slope + half_slope).flatten(), expected_above)
@@ -347,11 +347,13 @@ def test_against_auto_lirpa(trained: nn.Module, tiny: Dataset) -> None:
 def test_command(trained: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any file of weights, a line a class, one verdict an image in the JSON; and its one sentence for bad input."""
     monkeypatch.setattr(data, "load", lambda name, **rest: tiny)
-    weights, out = tmp_path / "mine.pt", tmp_path / "certificates.json"
-    torch.save(trained.state_dict(), weights)
+    weights, out = tmp_path / "mine.safetensors", tmp_path / "certificates.json"
+    runs.write_weights(weights, trained.state_dict(), {"model": "lenet5"}, 10)
 
     def call(*words: str | Path) -> Result:
-        return CliRunner().invoke(main, ["certify", *map(str, words), "--dataset", "digits", "--eps", "2"])
+        return CliRunner().invoke(
+            main, ["certify", *map(str, words), "--model", "lenet5", "--dataset", "digits", "--eps", "2"]
+        )
 
     result = call(weights, "--images", "3", "--json", out)
     assert result.exit_code == 0, result.output

@@ -144,7 +144,7 @@ class TestConfig:
                 ends = {key for part in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(part, key)}
                 assert len(ends & {"ge", "gt"}) == len(ends & {"le", "lt"}) == 1, name
             else:
-                assert field.annotation is bool or get_args(field.annotation) or name == "dataset", name
+                assert field.annotation is bool or get_args(field.annotation) or name in ("dataset", "model"), name
 
     def test_unknown_field_of_a_recipe(self) -> None:
         with pytest.raises((KitError, TypeError), match="'epoch'"):
