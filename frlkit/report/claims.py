@@ -59,10 +59,11 @@ class Scope:
     why_not: str = ""
 
 
-def scope(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Scope:
-    """The scope of these records, recipe -> one per seed; a small data set or short runs allow no verdicts."""
+def scope(records: Mapping[str, Sequence[Mapping[str, Any]]], images: int | None = None) -> Scope:
+    """The scope of these records, recipe -> one per seed; few `images` (default: the records') or short runs allow no
+    verdicts."""
     every = [record for seeds in records.values() for record in seeds]
-    images = min(record["images"] for record in every)
+    images = images or min(record["images"] for record in every)
     epochs = min(record["config"]["epochs"] for record in every)
     why_not = ""
     if images < FEWEST_IMAGES:
