@@ -40,6 +40,7 @@ import safetensors
 import torch
 
 from frlkit import PROJECT, attacks, checkpoint, data, drive, kernels, models
+from frlkit import runs as kit
 from frlkit.data import Dataset
 
 HERE = Path(__file__).resolve().parent
@@ -51,8 +52,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "pgd_at": ("train", "pgd_at", *_TRAIN),
     # from a start of one epoch; no tolerance: on so few images the multipliers would not move otherwise
     "algorithm1_both": ("train", "algorithm1_both,start_epochs=1,tau_nat=0.0,tau_bdy=0.0", *_TRAIN),
-    "evaluate": ("evaluate", "{root}/weights.pt", *_EVALUATE),
-    "ladder": ("ladder", "{root}/weights.pt", "{runs}/ladder.json"),  # no command of the kit's: see `_climb`
+    "evaluate": ("evaluate", "{root}/weights.safetensors", *_EVALUATE),
+    "ladder": ("ladder", "{root}/weights.safetensors", "{runs}/ladder.json"),  # no command of the kit's: see `_climb`
     "reproduce": ("reproduce", "--dataset", "digits", "--output", "{runs}"),  # of two small notebooks
 }
 STEPS = {"pgd_at": 6, "algorithm1_both": 8}  # of the optimiser, two an epoch
@@ -335,7 +336,8 @@ class Stage:
 
     def write_data(self, tiny: Dataset) -> None:
         (self.root / "data.pickle").write_bytes(pickle.dumps(tiny))
-        torch.save(models.build("lenet5", seed=0).state_dict(), self.root / "weights.pt")
+        state = models.build("lenet5", seed=0).state_dict()
+        kit.write_weights(self.root / "weights.safetensors", state, {"model": "lenet5"}, 10)  # says itself what it is
         write_notebooks(self.root / "notebooks")
 
     def launch(self, name: str, runs: Path, fault: Fault | None = None, **options: Any) -> Any:
