@@ -121,7 +121,15 @@ class Net(nn.Module):
 """
 
 Built = tuple[Path | None, dict[str, Any]]  # the file, and what else `readings.read` is told
-KINDS: dict[str, Callable[[dict[str, nn.Module], Path, Dataset], Path | Built]] = {
+Maker = Callable[[dict[str, nn.Module], Path, Dataset], Path | Built]
+
+
+def colour(folder: str) -> Maker:
+    """A colour LeNet-5's file, for the images of this folder."""
+    return lambda n, p, d: (put(names(n["colour"], *USUAL), p), {"dataset": f"folder:{p / folder}"})
+
+
+KINDS: dict[str, Maker] = {
     "a state_dict, tanh and average pooling, `Linear(400, 120)`": lambda n, p, d: put(names(n["tanh"], *USUAL), p),
     "the same as safetensors, its names sorted": lambda n, p, d: saved(names(n["tanh"], *USUAL), p),
     "the same in half precision": lambda n, p, d: put({k: v.half() for k, v in names(n["tanh"], *USUAL).items()}, p),
@@ -149,18 +157,9 @@ KINDS: dict[str, Callable[[dict[str, nn.Module], Path, Dataset], Path | Built]] 
         {"mean": (0.9,), "std": (0.1,)},
     ),
     "28x28 not padded, `Linear(256, 120)`": lambda n, p, d: put(names(n["small"], *USUAL), p),
-    "colour LeNet-5 behind `Normalize(0.5, 0.5)`; nested folders, `Thumbs.db`, `.txt`": lambda n, p, d: (
-        put(names(n["colour"], *USUAL), p),
-        {"dataset": f"folder:{p / 'photos'}"},
-    ),
-    "the same, a class of another name in `test/`": lambda n, p, d: (
-        put(names(n["colour"], *USUAL), p),
-        {"dataset": f"folder:{p / 'spoilt'}"},
-    ),
-    "the same, two images cut short": lambda n, p, d: (
-        put(names(n["colour"], *USUAL), p),
-        {"dataset": f"folder:{p / 'cut'}"},
-    ),
+    "colour LeNet-5 behind `Normalize(0.5, 0.5)`; nested folders, `Thumbs.db`, `.txt`": colour("photos"),
+    "the same, a class of another name in `test/`": colour("spoilt"),
+    "the same, two images cut short": colour("cut"),
     "an `.npz` of 16-bit arrays": lambda n, p, d: (
         put(names(n["colour"], *USUAL), p),
         {"dataset": f"folder:{arrays(p, d)}"},

@@ -227,6 +227,12 @@ class TestScope:
         made = {"images": 10_000, "dataset": "fashion_mnist", "epochs": 15, **changed}
         return {"images": made["images"], "config": {"dataset": made["dataset"], "epochs": made["epochs"]}}
 
+    def test_few_decided_images_test_nothing_however_many_the_record_has(self) -> None:
+        """Certificates are of some of the test images: these count, at the limit and one below it."""
+        records = {"a": [self.record()]}
+        assert claims.scope(records, claims.FEWEST_IMAGES).why_not == ""
+        assert claims.scope(records, claims.FEWEST_IMAGES - 1).why_not == "999 test images, 1000 needed"
+
     @pytest.mark.parametrize(
         ("changed", "why_not"),
         [
