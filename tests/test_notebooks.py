@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import papermill
 import pytest
 
 import frlkit
+from frlkit import KitError
 from frlkit.report import claims
 
 NOTEBOOKS = sorted((frlkit.PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -50,19 +52,41 @@ class TestCommitted:
         assert claims.from_notebook([cell])[0]["claims"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.parametrize(
+REFUSED = pytest.mark.parametrize(
     ("name", "value", "words"),
     [("sed", "3", ["unknown parameter 'sed'"]), ("FIGURES", "3", ["FIGURES = 3 is not allowed", "text in quotes"])],
 )
-def test_papermill_refuses_a_bad_parameter_in_one_line(
-    path: Path, name: str, value: str, words: list[str], tmp_path: Path
-) -> None:
-    done = command("papermill", path, tmp_path / "out.ipynb", "-p", name, value, "--no-progress-bar", cwd=tmp_path)
+
+
+@REFUSED
+def test_papermill_refuses_a_bad_parameter_in_one_line(name: str, value: str, words: list[str], tmp_path: Path) -> None:
+    done = command("papermill", THEORY, tmp_path / "out.ipynb", "-p", name, value, "--no-progress-bar", cwd=tmp_path)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ParameterError: ")]
     assert all(word in line for word in words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]  # refused before anything was made
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@REFUSED
+def test_every_notebook_refuses_a_bad_parameter_before_anything_is_made(
+    path: Path, name: str, value: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cells that papermill would run, here and now instead of in a kernel of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    prepared = papermill.execute_notebook(path, None, {name: int(value)}, prepare_only=True)
+    sources = [cell.source for cell in prepared.cells if cell.cell_type == "code"]
+    check = next(number for number, source in enumerate(sources) if "notebook.parameters(" in source)
+    scope: dict[str, Any] = {"In": (history := [])}
+    with pytest.raises(KitError) as refusal:
+        for source in sources[: check + 1]:
+            history.append(source)
+            exec(compile(source, str(path), "exec"), scope)
+    assert type(refusal.value).__name__ == "ParameterError"
+    assert all(word in str(refusal.value) for word in words)
+    assert "p" not in scope
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
