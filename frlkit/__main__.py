@@ -220,10 +220,14 @@ def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
     Float rounding may flip single images on another processor, hence the tolerance.
     """
     from frlkit import data
+    from frlkit.runs import WEIGHTS
     from frlkit.runs import verify as recompute
 
     differences = []
     for folder, difference in recompute(runs, data.load(dataset, device=data.pick_device(device))):
+        if difference is None:
+            click.echo(f"left out, a network of one's own (frlkit audit {folder / WEIGHTS} --model ...)")
+            continue
         differences.append(100 * difference)
         click.echo(f"{differences[-1]:6.2f} points  {folder.parent.name}/{folder.name}")
     if not differences:

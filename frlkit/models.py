@@ -181,10 +181,15 @@ def lend(name: str, model: nn.Module) -> str:
     return f"own:{name}"
 
 
+def elsewhere(name: str) -> bool:
+    """Whether this is the name of anyone's own network that is not lent here."""
+    return name.startswith("own:") and name not in _lent
+
+
 def known(name: str) -> str:
     """The name, where it is one of `MODELS` or lent; raises `KitError` for another."""
     if name not in MODELS and name not in _lent:
-        lent = " (one's own has to be lent anew in every process)" if name.startswith("own:") else ""
+        lent = " (one's own has to be lent anew in every process)" if elsewhere(name) else ""
         raise KitError(f"model = {name!r} is unknown: use one of {', '.join(MODELS)}{lent}")
     return name
 

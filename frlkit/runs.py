@@ -222,6 +222,8 @@ def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise KitError(f"there is no file {path}: train the run first") from None
     except OSError as error:
         raise disk.not_read(path, error) from None
+    except KitError as error:  # such as a network of one's own
+        raise KitError(f"{path}: {error}") from None
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = first_line(error)[:150]
         raise KitError(f"{path} is no weights file of a finished run ({reason}): delete it to train anew") from None
@@ -243,14 +245,19 @@ def finished(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.rglob("seed*/record.json"))
 
 
-def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float]]:
+def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float | None]]:
     """Every finished run of this data set under `runs`, recomputed: its folder, the largest class-wise difference.
 
-    Raises `KitError` where a file is damaged, or its record belongs to other weights.
+    The difference is None where the network is somebody's own and not lent here. Raises `KitError` where a file is
+    damaged, or its record belongs to other weights.
     """
     for place in finished(runs / folder_name(tensors.name)):
         _has_weights(place)
-        record, (model, _) = records.read(place / "record.json"), read_weights(place / WEIGHTS)
+        record = records.read(place / "record.json")
+        if models.elsewhere(record.get("config", {}).get("model", "")):
+            yield place, None
+            continue
+        model, _ = read_weights(place / WEIGHTS)
         if record.get("weights_sha256") != checkpoint.digest(dict(model.state_dict())):
             raise KitError(f"{place / 'record.json'} belongs to other weights than {place / WEIGHTS}: delete it")
         attacks = [Attack(**entry["attack"]) for entry in record["attacks"]]

@@ -89,6 +89,21 @@ def test_weights_that_are_not_those_of_the_name_are_refused(small: Dataset, tmp_
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_verify_leaves_ones_own_out_by_name(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fairer.retrain(LOOP, Net(), "net", small, tmp_path, epochs=1, batch_size=20)
+    (place,) = runs.finished(tmp_path)
+    assert list(runs.verify(tmp_path, small)) == [(place, 0)]
+    monkeypatch.setattr(models, "_lent", {})  # another process
+    assert list(runs.verify(tmp_path, small)) == [(place, None)]
+    with pytest.raises(KitError, match=r"safetensors: model = 'own:net' is unknown: .*lent anew"):
+        runs.read_weights(place / runs.WEIGHTS)
+    words = ["verify", "--dataset", "digits", "--runs", str(tmp_path)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert f"left out, a network of one's own (frlkit audit {place / runs.WEIGHTS}" in result.output
+    assert "there are no finished runs of digits" in result.output
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
