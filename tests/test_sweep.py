@@ -262,6 +262,7 @@ def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str
     errors: dict[str, Any] = {"robust": [0.2, 0.3], "boundary": [0.1, 0.1], "confusion": [[8, 2], [3, 7]]}
     attacks = [{"attack": asdict(attack), **errors} for attack in STANDARD]
     record = {"config": made, "dataset": run.config.dataset, "class_names": ["0", "1"], "attacks": attacks}
+    record |= {"training_counts": [800, 1000], "images": 200}
     (run.folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     epoch = {"lr": 0.1, "loss": 2.0, "seconds": seconds, "validation": {"natural": [0.1, 0.2], "robust": [0.2, 0.3]}}
     history = {"config": made, "threads": threads, "epochs": [epoch] * run.config.epochs}
@@ -282,8 +283,11 @@ class TestDryRun:
         done = [f"done  digits/natural/seed{seed}" for seed in (0, 1)]
         left = [f"left  digits/natural/seed{seed}" for seed in (2, 3)]
         assert listed == [*done, *left, "left  digits/trades/seed0"]
-        # 20 epochs of natural and 15 of trades, a minute each as there are no others, on two processes
-        assert last == "5 runs, 2 done, 3 left; time on 2 processes: about 18 min"
+        # an image takes 1/30 s: each of natural's epochs 1,800 to train and 2,000 to validate, of trades' 19,800 and
+        # 2,000, and 8,000 at the end of each run; on two processes
+        seconds = (2 * (10 * 3800 + 8000) + 15 * 21800 + 8000) / 30 / 2
+        assert seconds == pytest.approx(119 * 60, abs=30)
+        assert last == "5 runs, 2 done, 3 left; time on 2 processes: about 1 h 59 min"
         assert sorted(runs.rglob("*")) == before
 
     def test_nothing_finished(self, tmp_path: Path) -> None:
@@ -296,7 +300,25 @@ class TestDryRun:
         planned = sweeps.plan(written(tmp_path, self.TEXT), tmp_path)
         finish(planned[0], seconds=3, threads=2)
         finish(planned[-1], seconds=100)
-        assert sweeps.estimate(planned, tmp_path, 4) == 3 * 10 * 3 * 2 / 4  # natural's own, as one thread takes it
+        each = 3 * 2 / 1800  # natural's own, as one thread takes it
+        assert sweeps.estimate(planned, tmp_path, 4) == pytest.approx(3 * (10 * 3800 + 8000) * each / 4)
+
+    @pytest.mark.parametrize(
+        ("recipe", "training", "validating"),
+        [
+            ("natural", 1800, 2000),
+            ("pgd_at_half", 1800 * (1 + 20 / 2), 2000),
+            ("n_fgsm", 1800 * 2, 2000),
+            ("uniform", 1800 * 11 + 20 * 200, 20 * 200),
+            ("uniform,inner_epochs=4", 1800 * 11 + 20 * 200 / 4, 20 * 200),
+            ("report_reweight", 1800 * 21 + 20 * 24 * 450, 20 * 450),  # a fifth is set aside: 450, fewer than 2,100
+            ("report_reweight,update_images=100,updates=480", 1800 * 21 + 20 * 480 * 100, 20 * 450),
+            ("intercept", 20 * 200, 20 * 200),
+        ],
+    )
+    def test_images_through_the_network_by_hand(self, recipe: str, training: float, validating: float) -> None:
+        config = recipes.configure(recipe, "digits", 0)
+        assert sweeps._passes(config, 1800) == (pytest.approx(training), pytest.approx(validating))
 
 
 class TestLoop:

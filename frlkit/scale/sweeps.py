@@ -32,9 +32,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, recipes, records, runs, took, watched
+from frlkit import KitError, checkpoint, models, recipes, records, runs, took, watched
 from frlkit.evaluation import Attack
-from frlkit.recipes import Config
+from frlkit.recipes import Config, FairConfig
 from frlkit.values import to_text
 
 DEFAULTS = {"dataset": "fashion_mnist", "seed": 0, "values": {}}
@@ -176,25 +176,50 @@ def _fields(key: Any) -> tuple[str, ...]:
 def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
     """Seconds that what is left takes on so many workers, from finished runs of one thread; None without any.
 
-    An epoch takes what it took the finished runs of the same recipe, else of any, with the same data and batches.
+    An image through the network takes what it took the finished runs of the same recipe, else of any, with the same
+    data and batches.
     """
-    seconds: dict[tuple[Any, ...], list[float]] = {}
-    for path in root.glob("*/*/seed*/history.json"):
-        history = records.read_history(path)
-        config = history["config"]
-        key = (config["dataset"], config["model"], config["batch_size"])
-        taken = [history["threads"] * entry["seconds"] for entry in history["epochs"]]
-        for kind in (key, (*key, path.parent.parent.name.split(",")[0])):
-            seconds.setdefault(kind, []).extend(taken)
+    rates: dict[tuple[Any, ...], list[float]] = {}
+    sizes: dict[tuple[Any, ...], tuple[int, int]] = {}
+    for path in runs.finished(root):
+        history, record = records.read_history(path / "history.json"), records.read(path / "record.json")
+        kept = history["config"]
+        if not {"training_counts", "images"} <= set(record) or models.elsewhere(kept["model"]):
+            continue
+        config = (FairConfig if "start" in kept else Config)(**kept)
+        key = (config.dataset, config.model, config.batch_size)
+        sizes[key] = sum(record["training_counts"]), record["images"]
+        training, _ = _passes(config, sizes[key][0])
+        taken = [history["threads"] * entry["seconds"] / training for entry in history["epochs"]]
+        for kind in (key, (*key, path.parent.name.split(",")[0])):
+            rates.setdefault(kind, []).extend(taken)
     total = 0.0
     for run in planned:
         if not run.done:
             key = (run.config.dataset, run.config.model, run.config.batch_size)
-            taken = seconds.get((*key, run.recipe.split(",")[0])) or seconds.get(key)
+            taken = rates.get((*key, run.recipe.split(",")[0])) or rates.get(key)
             if not taken:
                 return None
-            total += run.config.epochs * statistics.median(taken)
+            training, validating = _passes(run.config, sizes[key][0])
+            tested = sizes[key][1] * sum(attack.steps for attack in records.standard(run.config.dataset))
+            total += (run.config.epochs * (training + validating) + tested) * statistics.median(taken)
     return total / workers
+
+
+def _passes(config: Config, images: int) -> tuple[float, float]:
+    """How often an epoch of so many training images sends one through the network: to train, and to validate.
+
+    Training includes its attacks and, of a retraining, the errors behind its multipliers; a share of each batch that is
+    not attacked counts as such.
+    """
+    held = images * config.validation / (1 - config.validation)
+    attacked = config.attacked if config.method == "pgd_at" else 0.0 if config.method == "natural" else 1.0
+    training = images * (1 + config.steps * attacked)
+    if not isinstance(config, FairConfig):
+        return training, 10 * held
+    training = training if config.method != "intercept" else 0.0
+    measured = min(config.update_images or held, held) * config.updates / config.inner_epochs
+    return training + 20 * measured, 20 * held
 
 
 def sweep(planned: Sequence[Run], engine: Engine) -> dict[str, str]:
