@@ -222,6 +222,22 @@ class TestHolm:
         assert [claim.verdict for claim in claims.judge([close, absent], FASHION)] == ["confirmed", "not tested"]
 
 
+@pytest.mark.parametrize(
+    ("parts", "verdict", "first"),
+    [
+        ([series(0.4, -0.1, 0.2, -0.3, 0.1), series(9.0, 9.5, 8.8, 9.1, 9.3)], "refuted", "9.1"),
+        ([series(-9.0, -9.5, -8.8, -9.1, -9.3), series()], "not tested", "no runs"),
+        ([series(-9.0, -9.5, -8.8, -9.1, -9.3), series(-2.0, -2.5, -1.8, -2.2, -3.0)], "confirmed", "-2.3"),
+        ([series(-9.0, -9.5, -8.8, -9.1, -9.3), series(0.4, -0.1, 0.2, -0.3, 0.1)], "partly", "-9.1"),
+    ],
+)
+def test_what_decides_stands_first(parts: list[pd.Series], verdict: str, first: str) -> None:
+    """And a takeaway quotes it: of a confirmed claim the weakest part, of another the part that denies it."""
+    (claim,) = claims.judge([rules.lower("report-robust", *parts)], FASHION)
+    assert claim.verdict == verdict
+    assert first in claim.evidence.split("; ")[0]
+
+
 class TestScope:
     def record(self, **changed: Any) -> dict[str, Any]:
         made = {"images": 10_000, "dataset": "fashion_mnist", "epochs": 15, **changed}

@@ -97,8 +97,17 @@ def judge(questions: Iterable[Question], about: Scope) -> list[Claim]:
             p = next(adjusted) if comparison.tested and not about.why_not else None
             verdicts.append(_verdict(comparison, p))
             evidence.append(comparison.says + ("" if p is None else f", p {_small(p)}"))
-        found.append(_claim(question.key, evidence, together(verdicts), about))
+        verdict = together(verdicts)
+        order = sorted(range(len(verdicts)), key=lambda k: _decides(verdict, verdicts[k], question.comparisons[k]))
+        found.append(_claim(question.key, [evidence[k] for k in order], verdict, about))
     return found
+
+
+def _decides(verdict: str, own: str, comparison: Comparison) -> tuple[bool, float]:
+    """The order of a claim's evidence: first what its verdict hangs on, weakest support or clearest refutation."""
+    if verdict == "confirmed":
+        return False, -comparison.supports
+    return own != verdict, comparison.contradicts if verdict == own == "refuted" else 0.0
 
 
 def _verdict(comparison: Comparison, p: float | None) -> str:
@@ -160,16 +169,16 @@ ANSWERS |= {"refuted": "No", "does not carry over": "No", "not established": "Op
 
 
 def answers(judged: Iterable[Claim], questions: Mapping[str, str]) -> None:
-    """Display a notebook's takeaways: each question (by its claim's key) with the answer that the verdict gives."""
+    """Display a notebook's takeaways: each question (by its claim's key) with the answer that the verdict gives, and
+    what decided it."""
     from IPython.display import Markdown, display
 
     by_key = {claim.key: claim for claim in judged}
     lines = []
     for key, question in questions.items():
         claim = by_key[key]
-        lines.append(
-            f"- **{question}** {ANSWERS[claim.verdict]}: {phrase(vars(claim))} ({claim.evidence.split('; ')[0]})."
-        )
+        parts = claim.evidence if ANSWERS[claim.verdict] == "In part" else claim.evidence.split("; ")[0]
+        lines.append(f"- **{question}** {ANSWERS[claim.verdict]}: {phrase(vars(claim))} ({parts}).")
     display(Markdown("\n".join(lines)))
 
 
