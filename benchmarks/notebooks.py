@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from pathlib import Path
 
 import click
+import torch
 
 import frlkit
 from frlkit import checkpoint
@@ -25,7 +25,7 @@ def main(output: Path) -> None:
     values = {
         kind: {name: round(notes[name][kind], 1) for name in sorted(notes)} for kind in ("seconds", "cpu_seconds")
     }
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     checkpoint.write_json(frlkit.PROJECT / "benchmarks" / "notebooks.json", {"machine": machine, **values})
     click.echo(f"{len(notes)} notebooks, {sum(values['cpu_seconds'].values()):.0f} s of one core in all")
 
