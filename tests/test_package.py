@@ -178,6 +178,25 @@ def test_the_core_needs_no_jupyter() -> None:
     run(sys.executable, "-c", code, cwd=PROJECT, PYTHONPATH=str(PROJECT))
 
 
+@pytest.mark.parametrize(("asked", "threads"), [("", {1}), ("2", set())])
+def test_small_algebra_has_one_thread_unless_the_user_says_otherwise(asked: str, threads: set[int]) -> None:
+    """With more, OpenBLAS's threads wait for each other beside a busy neighbour: twenty times as long."""
+    name = "OPENBLAS_NUM_THREADS"
+    code = f"""
+import os
+os.environ.pop({name!r}, None)
+if {asked!r}:
+    os.environ[{name!r}] = {asked!r}
+import frlkit.theory
+from threadpoolctl import threadpool_info
+pools = {{pool["num_threads"] for pool in threadpool_info() if pool["internal_api"] == "openblas"}}
+print(os.environ[{name!r}], *pools)
+"""
+    said, *pools = run(sys.executable, "-c", code, cwd=PROJECT, PYTHONPATH=str(PROJECT)).stdout.split()
+    assert said == (asked or "1")
+    assert not threads or set(map(int, pools)) == threads
+
+
 def requirements(text: str) -> list[str]:
     return [line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip()]
 
