@@ -254,7 +254,7 @@ def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float | None]]:
     for place in finished(runs / folder_name(tensors.name)):
         _has_weights(place)
         record = records.read(place / "record.json")
-        if models.elsewhere(record.get("config", {}).get("model", "")):
+        if models.elsewhere(str(record.get("config", {}).get("model"))):
             yield place, None
             continue
         model, _ = read_weights(place / WEIGHTS)

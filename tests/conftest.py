@@ -87,8 +87,3 @@ def fashion_mnist() -> Dataset:
     if not all((raw / f"{name}-ubyte").exists() for name in names):
         pytest.skip("needs Fashion-MNIST: put FashionMNIST/raw/ under FRLKIT_DATA or ./data")
     return data.load("fashion_mnist")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: beside it the other process does the rest, instead of waiting for it at the end."""
-    items.sort(key=lambda item: item.name != "test_runs_once_then_skips_and_reruns_what_changed")

@@ -130,8 +130,7 @@ def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) ->
         axis.plot(best[average], best[worst], color=COLOURS[1], linewidth=1.2, zorder=0)
         style = {"fmt": "o", "color": COLOURS[0], "elinewidth": 0.7, "markersize": 5}
         axis.errorbar(means[average], means[worst], xerr=sd[average], yerr=sd[worst], **style)
-        numbers = [str(number) for number in range(1, len(means) + 1)]
-        name_points(axis, means[average].to_numpy(), means[worst].to_numpy(), numbers)
+        name_points(axis, means[average], means[worst], [str(number) for number in range(1, len(means) + 1)])
         axis.set(xlabel=f"{average} (%)", ylabel=f"{worst} class (%)", title=f"{worst} against {average}")
         axis.margins(0.12)
         axis.grid(alpha=0.3)
@@ -146,11 +145,11 @@ def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) ->
 def name_points(axis: Axes, x: Sequence[float], y: Sequence[float], labels: Sequence[str]) -> None:
     """Write each point's name beside it, on another side where a point before is close."""
     sides = ((4, 4), (4, -10), (-12, 4), (-12, -10))  # points of a figure
-    across, along = (np.asarray(values, float) / (np.ptp(values) or 1.0) for values in (x, y))
-    for k, label in enumerate(labels):
-        near = (np.abs(across[:k] - across[k]) < 0.06) & (np.abs(along[:k] - along[k]) < 0.06)
+    points = np.column_stack([x, y])
+    for k, (point, label) in enumerate(zip(points, labels, strict=True)):
+        near = (np.abs(points[:k] - point) < 0.06 * np.ptp(points, axis=0)).all(axis=1)
         side = sides[int(near.sum()) % len(sides)]
-        axis.annotate(literal(label), (x[k], y[k]), xytext=side, textcoords="offset points", fontsize=7.5)
+        axis.annotate(literal(label), point, xytext=side, textcoords="offset points", fontsize=7.5)
 
 
 def one_class(table: pd.DataFrame, note: str) -> Figure:
@@ -163,7 +162,7 @@ def one_class(table: pd.DataFrame, note: str) -> Figure:
     for measure, marker in zip(MEASURES, "os^", strict=True):
         axis.scatter(own, table[f"change, {measure}"].astype(float), marker=marker, label=measure)
     middle = table[f"change, {MEASURES[1]}"].astype(float)
-    name_points(axis, own.to_numpy(), middle.to_numpy(), list(table.index))
+    name_points(axis, own, middle, list(table.index))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axvline(50, color="black", linewidth=0.8, linestyle="--", label="one half")
     axis.set(xlabel="robust error of the class at its own radius, 16/255 (%)", ylabel="change of its error (points)")

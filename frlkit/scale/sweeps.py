@@ -32,8 +32,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, models, recipes, records, runs, took, watched
-from frlkit.evaluation import Attack
+from frlkit import KitError, checkpoint, recipes, records, runs, took, watched
+from frlkit.evaluation import STANDARD, Attack
 from frlkit.recipes import Config, FairConfig
 from frlkit.values import to_text
 
@@ -181,17 +181,22 @@ def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
     """
     rates: dict[tuple[Any, ...], list[float]] = {}
     sizes: dict[tuple[Any, ...], tuple[int, int]] = {}
-    for path in runs.finished(root):
-        history, record = records.read_history(path / "history.json"), records.read(path / "record.json")
-        kept = history["config"]
-        if not {"training_counts", "images"} <= set(record) or models.elsewhere(kept["model"]):
+    for path in root.glob("*/*/seed*/history.json"):
+        history = records.read_history(path)
+        try:
+            config = (FairConfig if "start" in history["config"] else Config)(**history["config"])
+        except KitError:  # another kit's fields, or a network of one's own
             continue
-        config = (FairConfig if "start" in kept else Config)(**kept)
         key = (config.dataset, config.model, config.batch_size)
-        sizes[key] = sum(record["training_counts"]), record["images"]
+        if key not in sizes:
+            record = path.with_name("record.json")
+            found = records.read(record) if record.exists() else {}
+            if not {"training_counts", "images"} <= set(found):
+                continue
+            sizes[key] = sum(found["training_counts"]), found["images"]
         training, _ = _passes(config, sizes[key][0])
         taken = [history["threads"] * entry["seconds"] / training for entry in history["epochs"]]
-        for kind in (key, (*key, path.parent.name.split(",")[0])):
+        for kind in (key, (*key, path.parent.parent.name.split(",")[0])):
             rates.setdefault(kind, []).extend(taken)
     total = 0.0
     for run in planned:
@@ -219,7 +224,7 @@ def _passes(config: Config, images: int) -> tuple[float, float]:
         return training, 10 * held
     training = training if config.method != "intercept" else 0.0
     measured = min(config.update_images or held, held) * config.updates / config.inner_epochs
-    return training + 20 * measured, 20 * held
+    return training + STANDARD[0].steps * measured, STANDARD[0].steps * held
 
 
 def sweep(planned: Sequence[Run], engine: Engine) -> dict[str, str]:
