@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from frlkit import PROJECT, KitError, data, models, runs
 from frlkit.__main__ import main
 from frlkit.attacks import pgd
-from frlkit.audit import certify, crown, ladder, layers, lines
+from frlkit.audit import certify, crown, ladder, layers, lines, networks
+from frlkit.audit.readings import IMAGENET
 from frlkit.data import Dataset, Split
 from frlkit.interval import Part
 
@@ -180,6 +181,89 @@ def test_convolutions_with_max_pooling(tiny: Dataset) -> None:
     assert (found - bounds)[~bounds.isinf()].max() < 1.0
 
 
+def sequence(*between: nn.Module, classes: int = 10) -> nn.Sequential:
+    """28x28 images, one convolution padded by 1, what stands between, and two linear layers."""
+    torch.manual_seed(4)
+    first = [nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *between)]
+    return nn.Sequential(*first, nn.Flatten(), nn.Linear(4 * 196, 20, bias=False), nn.Tanh(), nn.Linear(20, classes))
+
+
+def lenet(activation: str, pool: str, border: int = 0) -> networks.LeNet:
+    torch.manual_seed(3)
+    return networks.LeNet(10, 1, 28 + 2 * border, 0, activation, pool)
+
+
+OTHERS = {
+    "ReLU, max": (lenet("ReLU", "max"), 28),
+    "ReLU, average": (lenet("ReLU", "average"), 28),
+    "in a border": (networks.Prepared(lenet("ReLU", "max", 2), (0.1307,), (0.3081,), 2), 28),
+    "from -1 to 1": (networks.Prepared(lenet("tanh", "average"), (0.5,), (0.5,)), 28),
+    "of bytes": (networks.Prepared(lenet("tanh", "average"), (0.0,), (1 / 255,)), 28),
+    "maximum first": (sequence(nn.MaxPool2d(2), nn.ReLU()), 28),
+    "in colour": (
+        networks.Prepared(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)), *IMAGENET),
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_peoples_networks_behind_their_preprocessing(name: str) -> None:
+    """Without a radius the bound is the margin; with one, neither attacks nor corners of the ball beat it."""
+    model, side = OTHERS[name]
+    channels = 3 if name == "in colour" else 1
+    x = torch.rand(2, channels, side, side, generator=torch.Generator().manual_seed(1)).round(decimals=1)  # 0, 1 too
+    y = model(x).argmax(1)
+    for precise, images in ((model, x), (copy.deepcopy(model).double(), x.double())):
+        margins = true_margins(precise, images, y)
+        away = (margins - crown.margins(model, x, y, 0.0))[~margins.isinf()]
+        assert away.min() >= 0
+        assert away.max() < 1e-3 * (1 + margins[~margins.isinf()].abs().max())
+    eps = 2 / 255
+    bounds = crown.margins(model, x, y, eps)
+    attacked = [pgd(model, x, y, eps, eps / 4, 20, restarts=2, loss="margin")]
+    signs = torch.randint(2, (20, *x.shape), generator=torch.Generator().manual_seed(2))
+    for near in (*attacked, *(x + eps * (2 * signs - 1)).clamp(0, 1)):
+        assert (true_margins(model, near, y) >= bounds).all()
+
+
+def test_a_normalisation_changes_nothing_that_weights_undo(trained: nn.Module, tiny: Dataset) -> None:
+    """Behind (x - mean) / std, a network whose first layer multiplies by std and adds the mean has the same bounds."""
+    x, y = tiny.test.batch(slice(0, 3))
+    mean, std, inner = 0.286, 0.353, copy.deepcopy(trained)
+    with torch.no_grad():
+        inner.conv1.bias += mean * inner.conv1.weight.sum((1, 2, 3))
+        inner.conv1.weight *= std
+    model = networks.Prepared(inner, (mean,), (std,))
+    ours, plain = crown.margins(model, x, y, EPS), crown.margins(trained, x, y, EPS)
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=5e-3)
+    before = layers.front(model)
+    assert before is not None
+    torch.testing.assert_close(before._replace(border=2).undo(before._replace(border=2)(x.double())), x.double())
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lenet("tanh", "max"), "tanh without maxima"),
+        (lenet("sigmoid", "average"), "must stand ReLU"),
+        (sequence(nn.ReLU(), nn.MaxPool2d(2), nn.ReLU()), "its ReLU is not, where it stands"),
+        (sequence(nn.AvgPool2d(2), nn.ReLU()), "its ReLU is not, where it stands"),
+        (sequence(nn.ReLU(), nn.MaxPool2d(3, 2, 1)), "its MaxPool2d is not"),
+        (sequence(nn.MaxPool2d(2)), "behind each layer"),
+        (sequence(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)), "its BatchNorm2d is not"),
+        (sequence(nn.ReLU()), "layer 2 does not fit a map of 4 channels of 28x28"),
+        (nn.Sequential(nn.Conv2d(1, 2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(288, 3)), "odd number"),
+        (nn.Sequential(nn.Conv2d(1, 2, 4, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(338, 3)), "of stride 1"),
+        (nn.Sequential(nn.Flatten()), "it has no layer"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU()), "and only there"),
+    ],
+)
+def test_what_cannot_be_bounded_is_refused(model: nn.Module, words: str) -> None:
+    with pytest.raises(KitError, match=f"is not supported: .*{words}"):
+        crown.margins(model, torch.rand(1, 1, 28, 28), torch.tensor([0]), EPS)
+
+
 def test_bounds_fall_with_the_radius_and_rise_with_effort(trained: nn.Module, tiny: Dataset) -> None:
     x, y = tiny.test.batch(slice(0, 1))
     radii = [crown.margins(trained, x, y, radius / 255) for radius in (0, 1, 2, 4, 8, 16)]
@@ -201,8 +285,8 @@ def test_images_are_bounded_each_on_its_own(trained: nn.Module, tiny: Dataset, m
 
 def test_float32_stays_within_the_room_that_is_left_for_it(trained: nn.Module, tiny: Dataset) -> None:
     """The room at each activation, against what PyTorch's float32 is really off, given the same float32 input."""
-    chain = layers.network(trained)
     x, _ = tiny.test.batch(slice(0, 4))
+    chain = layers.network(trained, x)
     ranges = crown.pre_activations(chain, layers.ball(x, EPS))
     flow = x
     for layer, reach in zip(chain, ranges, strict=False):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from frlkit import evaluation
 from frlkit.audit import crown
-from frlkit.audit.layers import FLOAT64, Layer
+from frlkit.audit.layers import FLOAT64, Layer, front
 from frlkit.audit.lines import Range, best_points, enclose, lines, usual_points
 
 FIT = 2  # rounds of fitting lines before the first cut
@@ -175,8 +175,10 @@ def _largest(costs: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def misclassified(model: nn.Module, x: Tensor, y: Tensor, eps: float, images: Tensor) -> Tensor | None:
-    """The first of some images (N, H, C, W), moved into the ball as an attack does, that is taken for another class."""
-    near = (images.transpose(1, 2).to(x.dtype) - x).clamp(-eps, eps)
+    """The first of some inputs (N, H, C, W), moved into the ball as an attack does, that is taken for another class."""
+    before, images = front(model), images.transpose(1, 2)
+    images = before.undo(images) if before else images
+    near = (images.to(x.dtype) - x).clamp(-eps, eps)
     near = (x + near).clamp(0, 1)
     wrong = (evaluation.predict(model, near) != y).nonzero()[:, 0]
     return near[wrong[:1]] if len(wrong) else None

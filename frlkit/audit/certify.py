@@ -126,7 +126,7 @@ def certify(
 
 def check(model: nn.Module, split: Split) -> None:
     """Refuse, before any work, a model that cannot be certified: `KitError` says why."""
-    crown.check_forward(crown.network(model), model, split.batch(slice(0, 1))[0])
+    crown.network(model, split.batch(slice(0, 1))[0])
 
 
 def _keep(record: dict[str, Any], path: Path | None) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frlkit.audit.layers import Layer, ball, check_forward, network, rounding
+from frlkit.audit.layers import Layer, ball, front, network, rounding
 from frlkit.audit.lines import Lines, Range, activations, best_points, enclose, lines, usual_points
 
 WORK = 2**19  # numbers in the largest array of a propagation: what a processor's cache likes
@@ -63,9 +63,8 @@ class Bounded(NamedTuple):
 @torch.no_grad()
 def bounded(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) -> Bounded:
     """As `margins`, with all that they follow from."""
-    layers = network(model)
-    check_forward(layers, model, x)
-    box = ball(x, eps)
+    layers = network(model, x)
+    box = ball(x, eps, front(model))
     ranges = pre_activations(layers, box, steps)
     bounds = tightest(layers, box, ranges, *differences(layers[-1], y), steps)[:, 0]
     error = layers[-1].slack.flatten() + rounding(layers[-1], _into(layers, box, ranges)).flatten(1)
@@ -75,7 +74,7 @@ def bounded(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) 
 
 def _into(layers: Sequence[Layer], box: tuple[Tensor, Tensor], ranges: Sequence[Range]) -> Tensor:
     """Bounds of the absolute values that go into the layer above the ranges, map (N, 1, H, C, W)."""
-    return activations(layers[len(ranges) - 1], ranges[-1]) if ranges else box[0] + box[1]
+    return activations(layers[len(ranges) - 1], ranges[-1]) if ranges else box[0].abs() + box[1]
 
 
 def differences(last: Layer, y: Tensor) -> tuple[Tensor, Tensor]:

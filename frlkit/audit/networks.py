@@ -34,6 +34,7 @@ PAIRS = (
 )
 #: Of torchvision's, those that a file's names are compared with where nobody says which it is.
 COMMON = ("resnet18", "resnet34", "resnet50", "vgg11", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121", "alexnet")
+Numbers = tuple[float, ...]
 _BLOCK = re.compile(r"(?:layer|block)(\d+)\.(?:layer\.)?(\d+)\.(.+)")
 
 
@@ -67,6 +68,19 @@ class LeNet(nn.Module):
         x = pool(active(self.conv1(images)), 2)
         x = pool(active(self.conv2(x)), 2).flatten(1)
         return self.fc3(active(self.fc2(active(self.fc1(x)))))
+
+
+class Prepared(nn.Module):
+    """A network behind its preprocessing: a black border, then (x - mean) / std; takes images in [0, 1]."""
+
+    def __init__(self, network: nn.Module, mean: Numbers, std: Numbers, border: int = 0) -> None:
+        super().__init__()
+        self.network, self.border = network, border
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((F.pad(images, (self.border,) * 4) - self.mean) / self.std)
 
 
 def candidates(name: str, weights: Weights | None, classes: int) -> list[Network]:

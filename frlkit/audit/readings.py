@@ -23,7 +23,7 @@ from frlkit import KitError, data, models, watched
 from frlkit.attacks import logits
 from frlkit.audit import networks
 from frlkit.audit.doubts import affordable
-from frlkit.audit.networks import Network
+from frlkit.audit.networks import Network, Numbers, Prepared
 from frlkit.audit.weights import Weights, find
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import batches, stream
@@ -33,7 +33,6 @@ FEW, MANY = 200, 2000  # images that all readings, and the best of them, are com
 FINAL = 12  # how many are those
 WORK = 1e11  # floating-point operations that each of the two may take: seconds on one core
 SCALES = tuple(2.0 ** (power / 2) for power in range(-12, 5))
-Numbers = tuple[float, ...]
 #: What people subtract and divide by, channel by channel.
 USUAL: dict[str, tuple[Numbers, Numbers]] = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
@@ -44,19 +43,6 @@ USUAL: dict[str, tuple[Numbers, Numbers]] = {
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NONE, HALVES, BYTES = ((0.0,), (1.0,)), ((0.5,), (0.5,)), ((0.0,), (1 / 255,))
 RANGES = {NONE: "[0, 1]", HALVES: "[-1, 1]", BYTES: "[0, 255]"}
-
-
-class Prepared(nn.Module):
-    """A network behind its preprocessing: a black border, then (x - mean) / std; takes images in [0, 1]."""
-
-    def __init__(self, network: nn.Module, mean: Numbers, std: Numbers, border: int = 0) -> None:
-        super().__init__()
-        self.network, self.border = network, border
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network((F.pad(images, (self.border,) * 4) - self.mean) / self.std)
 
 
 @dataclass(frozen=True)
