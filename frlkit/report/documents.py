@@ -21,6 +21,7 @@ FAIR = (
     *("PGD-AT", "TRADES", "Control", "Natural multipliers alone"),
     *("Reweight", "Remargin", "Reweight + Remargin", "DAFA"),
     *("Baseline control", "Baseline reweight", "Biases of PGD-AT moved", "Biases of the control moved"),
+    "Output norms of PGD-AT tuned",
     *("Authors' control", "Authors' Reweight", "Authors' Remargin", "Authors' both"),
 )
 _TABLE = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
