@@ -201,12 +201,12 @@ def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
 @click.option("--steps", type=int, default=0, show_default=True, help="Rounds of tightening undecided images' bounds.")
 @click.option("--seconds", type=float, default=0, help="For cutting up each image that is undecided then. Default: 0.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
-@click.option("--model", "model_name", default="lenet5", show_default=True, help="For a file of weights.")
+@click.option("--model", "model_name", help="For a file of weights, as audit's. Default: lenet5.")
 @click.option("--dataset", help="Default: the run's, or fashion_mnist.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def certify(
     target: Path, eps: float, images: int | None, balanced: bool, steps: int, seconds: float, out: Path | None,
-    model_name: str, dataset: str | None, device: str,
+    model_name: str | None, dataset: str | None, device: str,
 ) -> None:  # fmt: skip
     """Print, class by class, how many test images are verified, falsified by an attack, or undecided.
 
@@ -214,16 +214,18 @@ def certify(
     tensors that fits the model. No attack, known or not, fools the model on a verified image within --eps: the robust
     error lies between falsified and 100 % less verified. The JSON holds a verdict for each image.
     """
-    from frlkit import data, runs
+    from frlkit import KitError, data, runs
     from frlkit.audit import certify as certification
     from frlkit.audit import readings
 
     place = data.pick_device(device)
+    if target.is_dir() and model_name:
+        raise KitError(f"--model {model_name} is for a file of weights: {target} says which network it is")
     if target.is_dir():
         model, config = runs.read_weights(target / runs.WEIGHTS)
         tensors = data.load(dataset or config["dataset"], device=place)
     else:
-        read = readings.read(target, dataset or "fashion_mnist", model_name, device=place)
+        read = readings.read(target, dataset or "fashion_mnist", model_name or "lenet5", device=place)
         model, tensors = read.model, read.data
     split = certification.first(tensors.test, images, balanced)
     record = certification.certify(model.to(split.labels.device), split, eps, steps=steps, seconds=seconds, path=out)

@@ -157,7 +157,8 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
 def changed(model: nn.Module, split: Split, attack: Attack) -> np.ndarray:
     """Share of each class whose prediction the attack changes, right or wrong, (C,): the report's boundary error."""
     labels, clean, attacked = predictions(model, split, attack, True)
-    return np.bincount(labels, clean != attacked) / np.bincount(labels)
+    classes = split.classes or 0
+    return np.bincount(labels, clean != attacked, classes) / np.bincount(labels, minlength=classes)
 
 
 @_in_float32

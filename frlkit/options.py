@@ -18,7 +18,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from frlkit import PROJECT, KitError
+from frlkit import PROJECT, KitError, disk
 
 
 class Group(click.Group):
@@ -39,8 +39,11 @@ class Group(click.Group):
                 return super().invoke(context)
         except BrokenPipeError:  # of `| head`: click knows what to do
             raise
-        except (KitError, OSError) as error:
+        except KitError as error:
             raise click.ClickException(str(error)) from None
+        except OSError as error:
+            named = disk.not_read(Path(os.fsdecode(error.filename)), error) if error.filename else error
+            raise click.ClickException(str(named)) from None
         except KeyboardInterrupt:
             resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "fairer", "certify")
             stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")

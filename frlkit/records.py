@@ -37,7 +37,9 @@ def standard(dataset: str, *, preliminary: bool = False) -> tuple[Attack, ...]:
 
 
 def _is_attack(value: dict[str, Any]) -> dict[str, Any]:
-    Attack(**value)
+    """Every field is said: a default would make it another attack's errors."""
+    if missing := asdict(Attack(**value)).keys() - value.keys():
+        raise ValueError(f"it does not say its {min(missing)}")
     return value
 
 
@@ -45,23 +47,50 @@ _Errors = Annotated[list[Share], Field(min_length=2)]
 OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+_Images = Annotated[int, Field(ge=0, le=10**9)]
+
+
 class _Entry(TypedDict):
     __pydantic_config__ = OPEN
     attack: Annotated[dict[str, Any], AfterValidator(_is_attack)]
     robust: _Errors
     boundary: list[float]
-    confusion: list[list[Annotated[int, Field(ge=0)]]]
+    confusion: list[list[_Images]]
 
 
-def _same_classes(record: dict[str, Any]) -> dict[str, Any]:
-    """One number a class everywhere, and as many images as the classes have together."""
-    classes = len(record["class_names"])
+class _Config(TypedDict):
+    __pydantic_config__ = OPEN
+    dataset: str
+    seed: Annotated[int, Field(ge=0)]
+
+
+def _agrees(record: dict[str, Any]) -> dict[str, Any]:
+    """Every list has one entry a class, no two classes share a name, and an attack's errors are those of its counts."""
+    names, attacks = record["class_names"], record["attacks"]
     lists = [record[key] for key in ("natural", "class_counts", "training_counts") if key in record]
-    for entry in record["attacks"]:
+    for entry in attacks:
         lists += [entry["robust"], entry["boundary"], entry["confusion"]]
-    if any(len(values) != classes for values in lists):
-        raise ValueError(f"its lists do not all have {classes} classes")
+    if any(len(values) != len(names) for values in lists):
+        raise ValueError(f"its lists do not all have {len(names)} classes")
+    if len({" ".join(name.split()) for name in names}) < len(names):
+        raise ValueError("two of its classes have one name")
+    if attacks and not {"natural", "class_counts"} <= set(record):
+        raise ValueError("it has attacks, and no natural errors or counts of images")
+    if not sum(record.get("training_counts", [1])):
+        raise ValueError("it has no training images")
+    if not all(_counted(entry, record["natural"], record["class_counts"]) for entry in attacks):
+        raise ValueError("its errors are not those of the images that it counts")
     return record
+
+
+def _counted(entry: dict[str, Any], natural: list[float], counts: list[int]) -> bool:
+    """Whether an attack's errors follow from its confusion: no class is right more often than without the attack."""
+    table = entry["confusion"]
+    if any(len(row) < len(table) or sum(row) != count for row, count in zip(table, counts, strict=True)):
+        return False
+    robust = 1 - np.diagonal([row[: len(table)] for row in table]) / counts
+    same = np.allclose(robust, entry["robust"]) and np.allclose(robust - natural, entry["boundary"], atol=1e-6)
+    return bool(same and (robust > np.array(natural) - 1e-6).all())
 
 
 class _Record(TypedDict):
@@ -69,11 +98,17 @@ class _Record(TypedDict):
     dataset: str
     class_names: Annotated[list[str], Field(min_length=2)]
     weights_sha256: NotRequired[str]
+    images: NotRequired[Annotated[int, Field(ge=1, le=10**9)]]
     natural: NotRequired[_Errors]
-    class_counts: NotRequired[list[Annotated[int, Field(ge=1)]]]
-    training_counts: NotRequired[list[Annotated[int, Field(ge=0)]]]
+    class_counts: NotRequired[list[Annotated[_Images, Field(ge=1)]]]
+    training_counts: NotRequired[list[_Images]]
     attacks: list[_Entry]
-    config: NotRequired[dict[str, Any]]
+    config: NotRequired[_Config]
+
+
+class _Validation(TypedDict):
+    natural: _Errors
+    robust: _Errors
 
 
 class _Epoch(TypedDict):
@@ -81,18 +116,25 @@ class _Epoch(TypedDict):
     lr: Annotated[float, Field(ge=0)]
     loss: float
     seconds: Annotated[float, Field(ge=0)]
-    validation: dict[str, _Errors]
+    validation: _Validation
 
 
 class _History(TypedDict):
     __pydantic_config__ = OPEN
-    config: dict[str, Any]
-    threads: Annotated[int, Field(ge=1)]
+    config: _Config
+    threads: Annotated[int, Field(ge=1, le=10**4)]
     epochs: Annotated[list[_Epoch], Field(min_length=1)]
 
 
-_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Record, AfterValidator(_same_classes)])
-_HISTORY: TypeAdapter[Any] = TypeAdapter(_History)
+def _one_study(history: dict[str, Any]) -> dict[str, Any]:
+    """Every epoch measured the same classes."""
+    if len({len(errors) for epoch in history["epochs"] for errors in epoch["validation"].values()}) > 1:
+        raise ValueError("its epochs do not all have the same number of classes")
+    return history
+
+
+_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Record, AfterValidator(_agrees)])
+_HISTORY: TypeAdapter[Any] = TypeAdapter(Annotated[_History, AfterValidator(_one_study)])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -224,10 +266,15 @@ def entry_of(record: Mapping[str, Any], eps_255: float) -> dict[str, Any]:
 
 
 def largest_difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """The largest class-wise difference (a fraction) of two records of one model under the same attacks."""
+    """The largest class-wise difference (a fraction) of two records of one model under the same attacks.
+
+    Raises `KitError` where they do not have the same classes and attacks.
+    """
+    if len(record["class_names"]) != len(other["class_names"]):
+        raise KitError(f"one record has {len(record['class_names'])} classes, the other {len(other['class_names'])}")
     ours, theirs = ({Attack(**entry["attack"]): entry["robust"] for entry in r["attacks"]} for r in (record, other))
     if only := set(ours) ^ set(theirs):
         raise KitError(f"only one of the two records has {min(map(str, only))}: evaluate both alike")
-    differences = [np.subtract(record["natural"], other["natural"])]
-    differences += [np.subtract(ours[attack], theirs[attack]) for attack in ours]
-    return float(np.abs(differences).max())
+    differences = [np.subtract(ours[attack], theirs[attack]) for attack in ours]
+    differences += [np.subtract(record["natural"], other["natural"])] if ours else []
+    return float(np.abs(differences).max(initial=0))

@@ -229,6 +229,8 @@ def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise KitError(f"{path} is no weights file of a finished run ({reason}): delete it to train anew") from None
     if not whole:
         raise KitError(f"{path} is damaged: its weights do not match its own digest; delete it to train anew")
+    if name := models.nonfinite(tensors):
+        raise KitError(f"{path}: {name} has weights that are NaN or infinite; delete it, and train with a lower lr")
     return model, config
 
 
@@ -249,15 +251,19 @@ def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float | None]]:
     """Every finished run of this data set under `runs`, recomputed: its folder, the largest class-wise difference.
 
     The difference is None where the network is somebody's own and not lent here. Raises `KitError` where a file is
-    damaged, or its record belongs to other weights.
+    damaged, or its record belongs to other weights or images.
     """
+    own = tensors
     for place in finished(runs / folder_name(tensors.name)):
         _has_weights(place)
         record = records.read(place / "record.json")
         if models.elsewhere(str(record.get("config", {}).get("model"))):
             yield place, None
             continue
-        model, _ = read_weights(place / WEIGHTS)
+        model, config = read_weights(place / WEIGHTS)
+        share = config.get("validation", tensors.share)
+        own = own if own.share == share else tensors.with_validation(share)
+        refuse_other_images(place / "record.json", record, own)
         if record.get("weights_sha256") != checkpoint.digest(dict(model.state_dict())):
             raise KitError(f"{place / 'record.json'} belongs to other weights than {place / WEIGHTS}: delete it")
         attacks = [Attack(**entry["attack"]) for entry in record["attacks"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,11 +141,16 @@ def _plain_epoch(run: Progress) -> Batches:
 
 
 def _refuse_nonfinite(run: Progress) -> None:
-    """The loss is looked at before each step; what the last step did to the weights is seen here."""
+    """The loss is looked at before each step; what the last step did to weights, and so to outputs, is seen here."""
+    split, said = run.data.validation, ""
     if name := models.nonfinite(run.result.state_dict()):
+        said = f"{name} has weights"
+    elif not all(logits(run.result, split.batch(part)[0]).isfinite().all() for part in evaluation.batches(split)):
+        said = "the network has outputs for validation images"
+    if said:
         raise TrainingDivergedError(
-            f"epoch {run.epoch + 1}: {name} has weights that are NaN or infinite; the checkpoint of the epoch "
-            f"before is intact; lower lr = {run.config.lr:g}"
+            f"epoch {run.epoch + 1}: {said} that are NaN or infinite; the checkpoint of the epoch before is intact; "
+            f"lower lr = {run.config.lr:g}"
         )
 
 
@@ -214,17 +220,21 @@ def _next_multipliers(run: Progress, part: int) -> fairness.State:
 
 
 def _drawn(run: Progress, part: int) -> Split:
-    """Random validation images to estimate errors on; raises `KitError` where a class is not among them."""
-    split, wanted = run.data.validation, run.config.update_images
+    """Random validation images to estimate errors on; one of each class that they miss takes another's place.
+
+    Raises `KitError` where there are fewer than classes.
+    """
+    split, wanted, classes = run.data.validation, run.config.update_images, len(run.data.class_names)
+    if wanted < classes:
+        raise KitError(f"update_images = {wanted} is not allowed here: use {classes} or more, or 0 for all images")
     generator = stream(run.config.seed, run.epoch, ESTIMATE, part)
-    index = torch.randperm(len(split), generator=generator)[:wanted].to(split.labels.device)
-    drawn = split.take(index)
-    if missed := set(range(len(run.data.class_names))) - set(drawn.labels.tolist()):
-        raise KitError(
-            f"update_images = {wanted} is not allowed here: a draw of so many misses class {min(missed)}; "
-            "use more, or 0 for all"
-        )
-    return drawn
+    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
+    labels, index = split.labels[order].tolist(), list(range(min(wanted, len(split))))
+    for missed in sorted(set(range(classes)) - {labels[place] for place in index}):
+        count = Counter(labels[place] for place in index)
+        spare = max(number for number, place in enumerate(index) if count[labels[place]] > 1)
+        index[spare] = labels.index(missed)
+    return split.take(order[index])
 
 
 def train_epoch(

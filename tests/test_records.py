@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from frlkit import KitError, checkpoint, evaluation, models, records
-from frlkit.audit import ladder
+from frlkit import KitError, checkpoint, evaluation, models, recipes, records
+from frlkit.audit import certify, ladder
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
+from frlkit.report import tables
+from frlkit.scale import sweeps
 
 QUICK, OTHER = Attack(steps=2), Attack(eps_255=16.0, steps=2)
 ERRORS = {"robust": [0.5, 0.25], "boundary": [0.25, 0.0], "confusion": [[2, 2], [1, 3]]}
 RECORD: dict[str, Any] = {
-    **{"config": {"seed": 0}, "dataset": "digits", "data_sha256": "0", "split": "test", "class_names": ["a", "b"]},
+    **{"config": {"seed": 0, "dataset": "digits", "model": "lenet5", "batch_size": 100}, "dataset": "digits"},
+    **{"data_sha256": "0", "split": "test", "class_names": ["a", "b"], "training_counts": [30, 60]},
     **{"weights_sha256": "1", "images": 8, "class_counts": [4, 4], "natural": [0.25, 0.25]},
-    "attacks": [{"attack": {"eps_255": 8.0, "steps": 20}, **ERRORS}, {"attack": {"eps_255": 16.0}, **ERRORS}],
+    "attacks": [{"attack": asdict(Attack(eps_255=eps_255)), **ERRORS} for eps_255 in (8.0, 16.0)],
 }
 HISTORY: dict[str, Any] = {
-    **{"config": {"seed": 0}, "data_sha256": "0", "made_by": [], "kernel": "native", "threads": 1, "versions": {}},
+    **{"config": asdict(recipes.configure("pgd_at", "digits", 0)), "data_sha256": "0", "made_by": []},
+    **{"kernel": "native", "threads": 1, "versions": {}},
     "epochs": [
         {"lr": 0.1, "loss": 1.5, "seconds": 2.0, "validation": {"natural": [0.1, 0.2], "robust": [0.3, 0.4]}}
         for _ in range(2)
@@ -39,10 +45,17 @@ LADDER: dict[str, Any] = {
     **{"weights_sha256": "1", "images_sha256": "2", "eps_255": 8.0, "rungs": ["clean", "PGD"]},
     **{"labels": [0, 0, 1, 1], "fell": [0, 2, 1, 2], "kernel": "native"},
 }
+VERDICTS = ("verified", "falsified", "undecided")
+CERTIFIED: dict[str, Any] = {
+    **{"weights_sha256": "1", "images_sha256": "2", "attack": asdict(Attack()), "labels": [0, 0, 1, 1]},
+    **{"verdicts": [*VERDICTS, "verified"], "margins": [0.5, None, -0.25, 0.125]},
+    **{"steps": [0, None, 2, 2], "limits": [0.0, 0.0, 1.5, 0.0], "seconds": 1.5},
+}
 READERS: dict[str, tuple[Callable[[Path], dict[str, Any]], dict[str, Any]]] = {
     "record": (records.read, RECORD),
     "history": (records.read_history, HISTORY),
     "ladder": (ladder.read, LADDER),
+    "certification": (certify.read, CERTIFIED),
 }
 ODD = st.one_of(
     st.none(),
@@ -102,18 +115,84 @@ def test_a_json_of_another_shape(tmp_path: Path, kind: str) -> None:
             refused.append(error)
             return
         if kind == "record":
-            same = {**found, "natural": found.get("natural", [0.0] * len(found["class_names"]))}
-            assert records.largest_difference(same, same) == 0
+            assert records.largest_difference(found, found) == 0
             assert all(0 <= error <= 1 for entry in found["attacks"] for error in entry["robust"])
+            with contextlib.suppress(KitError):  # it may lack an attack
+                assert tables.rendered(tables.collect([path.parent]), "text")
         elif kind == "history":
-            assert sum(entry["seconds"] for entry in found["epochs"]) >= 0
             assert all(math.isfinite(entry["loss"]) for entry in found["epochs"])
+            assert not tables.last_epoch({"pgd_at": [found]}).empty
+        elif kind == "certification":
+            with contextlib.suppress(KitError):  # it may be unfinished
+                assert certify.summary(found, list("abcd")).iloc[-1]["images"] == len(found["labels"])
         else:
             for errors in ladder.errors(found).values():
                 assert np.isfinite(errors).all()
 
     check()
     assert len(refused) > 150
+
+
+@pytest.mark.parametrize("which", ["record", "history"])
+def test_a_plan_beside_files_of_another_shape(tmp_path: Path, which: str) -> None:
+    """What a sweep would read of finished runs, to know what is done and how long the rest takes."""
+    grid, place = tmp_path / "grid.yaml", tmp_path / "digits" / "pgd_at" / "seed0"
+    grid.write_text("dataset: digits\nseed: [0, 1]\ngrid: [{recipe: pgd_at}]\n", encoding="utf-8")
+    place.mkdir(parents=True)
+    whole = {"record": {**RECORD, "config": HISTORY["config"]}, "history": HISTORY}
+    (place / "weights.safetensors").touch()
+
+    @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+    @given(mutated(whole[which]))
+    def check(content: Any) -> None:
+        for name, value in {**whole, which: content}.items():
+            (place / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+        with contextlib.suppress(KitError):
+            assert "2 runs" in sweeps.preview(sweeps.plan(grid, tmp_path), tmp_path, 1)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({key: value} for key in ("labels", "verdicts", "margins", "steps", "limits") for value in ([], [None])),
+        *({"verdicts": [*VERDICTS, verdict]} for verdict in ("undecided", "falsified", "proved", None)),
+        *({"margins": [margin, None, -0.25, 0.125]} for margin in (0.0, -0.5, None, math.inf, "1")),
+        *({"margins": [0.5, margin, -0.25, 0.125]} for margin in (1.0, -1.0)),
+        *({"margins": [0.5, None, margin, 0.125]} for margin in (None, 0.5)),
+        *({"steps": [0, None, value, 2]} for value in (None, -1, 0.5)),
+        *({"labels": [0, 0, 1, label]} for label in (-1, 10**9, 1.0)),
+    ],
+    ids=str,
+)
+def test_an_impossible_certification_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "certified.json"
+    path.write_text(json.dumps({**CERTIFIED, **change}), encoding="utf-8")
+    with pytest.raises(KitError, match=r"the certification .*certified\.json cannot be read"):
+        certify.read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"class_names": names} for names in (["a", "a"], ["a b", "a  b"], ["a"])),
+        *({"natural": errors} for errors in ([1.0, 1.0], [0.5, 0.6])),
+        *({"class_counts": counts} for counts in ([4, 5], [0, 8])),
+        *({"training_counts": counts} for counts in ([0, 0], [1], [-1, 2], [10**400, 1])),
+        *({"images": images} for images in ("x", None, [1], {}, 10**400, 0)),
+        *({"config": config} for config in ({}, {"seed": 0}, {"dataset": ["digits"], "seed": 0})),
+        *({"attacks": [{**RECORD["attacks"][0], "attack": attack}]} for attack in ({}, {"eps_255": 8.0})),
+        *({"attacks": [{**RECORD["attacks"][0], key: [0.0, 0.0]}]} for key in ("robust", "boundary")),
+        *({"attacks": [{**RECORD["attacks"][0], "confusion": table}]} for table in ([[4, 0], [0, 4]], [[2], [1]])),
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_a_record_that_contradicts_itself_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**RECORD, **change}), encoding="utf-8")
+    with pytest.raises(KitError, match=r"the record .*record\.json cannot be read"):
+        records.read(path)
 
 
 @pytest.mark.parametrize(

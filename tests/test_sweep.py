@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import torch
 from click.testing import CliRunner, Result
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from frlkit import PROJECT, KitError, data, recipes, records, runs, training
+from frlkit import PROJECT, KitError, checkpoint, data, recipes, records, runs, training
 from frlkit.__main__ import main
 from frlkit.data import Dataset
 from frlkit.report import studies
@@ -133,6 +134,16 @@ class TestPlan:
         [
             ("grid: [", "cannot be read"),
             ("\x00", "cannot be read"),
+            ("grid: [{recipe: natural, seed: !!int x}]", "cannot be read"),
+            ("grid: [{recipe: natural, seed: !!timestamp x}]", "cannot be read"),
+            ("grid: [{recipe: natural, seed: 2020-13-45}]", "cannot be read"),
+            ("grid: [{recipe: natural, seed: " + 5000 * "9" + "}]", "cannot be read"),
+            ("grid: " + 5000 * "[", "cannot be read"),
+            ("grid: [{5: 6}]", "is no entry of a grid"),
+            *(
+                (f"grid: [{{recipe: natural, values: {{{key}: 3}}}}]", f"{key} is not allowed among values")
+                for key in ("seed", "dataset", "recipe", "method")
+            ),
             ("", "has no grid"),
             ("[1, 2]", "has no grid"),
             ("grid: []", "has no grid"),
@@ -660,6 +671,9 @@ class TestAway:
         assert clusters.away("natural", config, {}, "cpu") == ({}, "set FRLKIT_DATA")
 
 
+TWO = {"natural": [0.5] * 2, "robust": [0.5] * 2}
+
+
 class TestReceived:
     """What a worker sends back is kept only if it is this run's, whole and at one with itself."""
 
@@ -699,12 +713,45 @@ class TestReceived:
             ("history.json", lambda content: content.update(epochs=content["epochs"][:1])),
             ("record.json", lambda content: content.update(attacks=content["attacks"][:1])),
             ("record.json", lambda content: content.update(weights_sha256="0" * 64)),
+            ("record.json", lambda content: content.update(natural=[1.0] * 10)),
+            ("record.json", lambda content: content.pop("natural")),
+            ("record.json", lambda content: content["attacks"][0].update(robust=[0.0] * 10)),
+            ("record.json", lambda content: content["attacks"][0].update(boundary=[-5.0] * 10)),
+            ("record.json", lambda content: content["attacks"][0].update(confusion=[[0] * 10] * 10)),
+            ("record.json", lambda content: content.update(dataset="mnist")),
+            ("record.json", lambda content: content.update(data_sha256="0" * 64)),
+            ("history.json", lambda content: content.update(data_sha256="0" * 64)),
+            ("history.json", lambda content: content["epochs"][0].update(validation={})),
+            ("history.json", lambda content: [epoch.update(validation=TWO) for epoch in content["epochs"]]),
         ],
-        ids=["epochs missing", "attacks missing", "other weights"],
+        ids=[
+            *("epochs missing", "attacks missing", "other weights", "errors", "no errors", "robust", "boundary"),
+            *("counts", "other data set", "other images", "history of other images", "no validation", "two classes"),
+        ],
     )
     def test_a_forged_one(self, run: Run, sent: dict[str, bytes], name: str, change: Callable[[Any], None]) -> None:
         content = json.loads(sent[name])
         change(content)
         with pytest.raises(KitError):
             clusters.receive(run, {**sent, name: json.dumps(content).encode()})
+        assert not run.folder.exists()
+
+    def test_weights_that_are_no_numbers_and_outcomes_of_others(
+        self, run: Run, sent: dict[str, bytes], serial: Path, tmp_path: Path
+    ) -> None:
+        """A record may agree with NaN; outcomes are asked for their weights."""
+        path = tmp_path / runs.WEIGHTS
+        path.write_bytes(sent[runs.WEIGHTS])
+        model, config = runs.read_weights(path)
+        with torch.no_grad():
+            model.fc2.bias.fill_(math.nan)
+        runs.write_weights(path, model.state_dict(), config, 10)
+        record = json.loads(sent["record.json"]) | {"weights_sha256": checkpoint.digest(dict(model.state_dict()))}
+        forged = {runs.WEIGHTS: path.read_bytes(), "record.json": json.dumps(record).encode()}
+        with pytest.raises(KitError, match="weights that are NaN or infinite"):
+            clusters.receive(run, {**sent, **forged})
+        other = sweeps.plan(written(tmp_path, SHORT), serial)[1]
+        foreign = {records.OUTCOMES: (other.folder / records.OUTCOMES).read_bytes()}
+        with pytest.raises(KitError, match="outcomes are of other weights"):
+            clusters.receive(run, {**sent, **foreign})
         assert not run.folder.exists()

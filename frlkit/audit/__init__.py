@@ -130,6 +130,12 @@ def audit(
     began, attack, test, classes = time.perf_counter(), attack or Attack(), images.test, len(images.class_names)
     if most is not None and most < len(test):
         test = test.take(torch.randperm(len(test), generator=stream(3))[:most].sort().values.to(test.labels.device))
+    counts = test.labels.bincount(minlength=classes)
+    if not counts.all():
+        raise KitError(
+            f"class {images.class_names[int(counts.argmin())]!r} has none of the {len(test)} test images: its error is "
+            "undefined; audit more (--images)"
+        )
     further = {name: rungs.subset(test, n, classes) for name, n in (("ladder", ladder), ("certified", certify)) if n}
     if ladder and classes < 4:
         raise KitError(f"{images.name} has {classes} classes: AutoAttack's targeted losses need four or more")
@@ -175,7 +181,7 @@ def audit(
         radii = np.union1d([0.0, *RADII_255], [attack.eps_255] if attack.eps_255 <= RADII_255[-1] else [])
         keep(curve=_curve(labels, _fell_at(model, test, attack, fell, radii, few), radii))
     if ladder and path is not None:
-        keep(ladder=_ladder(model, further["ladder"], attack, path.with_name("ladder.json")))
+        keep(**_ladder(model, further["ladder"], attack, path.with_name("ladder.json")))
     if certify and path is not None:
         certificates = path.with_name("certificates.json")
         keep(certified=certification.bracket(model, further["certified"], attack.eps_255, path=certificates))
@@ -228,7 +234,11 @@ def _curve(labels: np.ndarray, fell: np.ndarray, radii: np.ndarray) -> list[dict
     ]
 
 
-def _ladder(model: nn.Module, split: Split, attack: Attack, path: Path) -> list[dict[str, Any]]:
-    record = rungs.climb(model, split, attack.eps_255, path)
+def _ladder(model: nn.Module, split: Split, attack: Attack, path: Path) -> dict[str, Any]:
+    """Errors at each rung, and last the certified ones; or, beside them, why nothing is certified."""
+    rungs.climb(model, split, attack.eps_255, path)
+    record = rungs.certify(model, split, path)
     errors = rungs.errors(record)
-    return [{"rung": name, "robust": values.tolist(), "images": len(split)} for name, values in errors.items()]
+    climbed = [{"rung": name, "robust": values.tolist(), "images": len(split)} for name, values in errors.items()]
+    why = record.get("not_supported")
+    return {"ladder": climbed, "certified": {"not_supported": why}} if why else {"ladder": climbed}

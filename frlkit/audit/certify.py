@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 from torch import nn
 from tqdm.auto import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from frlkit import KitError, checkpoint, evaluation, records, watched
+from frlkit import KitError, checkpoint, disk, evaluation, records, watched
 from frlkit.attacks import pgd
 from frlkit.audit import branch, crown, ladder
 from frlkit.data import Split
@@ -33,8 +33,8 @@ BATCH = 4  # images bounded at a time, between two writes of the progress
 
 
 class _Record(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    labels: list[int]
+    __pydantic_config__ = records.OPEN
+    labels: Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], Field(min_length=1)]
     verdicts: list[Literal[VERDICTS] | None]  # type: ignore[valid-type]
     margins: list[float | None]
     steps: list[Annotated[int, Field(ge=0)] | None]
@@ -42,13 +42,23 @@ class _Record(TypedDict):
     limits: NotRequired[list[Annotated[float, Field(ge=0)]]]  # seconds of cutting tried on each image
 
 
-def _same_images(record: dict[str, Any]) -> dict[str, Any]:
+def _agrees(record: dict[str, Any]) -> dict[str, Any]:
+    """As many images everywhere, and each verdict the one that its margin says."""
     if len({len(record[key]) for key in ("labels", "verdicts", "margins", "steps", "limits") if key in record}) > 1:
         raise ValueError("its lists do not have as many images each")
+    for verdict, margin, steps in zip(record["verdicts"], record["margins"], record["steps"], strict=True):
+        said = FALSIFIED if margin is None else VERIFIED if margin > 0 else UNDECIDED
+        if (verdict or FALSIFIED) != said or (margin is not None and steps is None):
+            raise ValueError(f"a margin of {margin} after {steps} steps is called {verdict}")
     return record
 
 
-_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Record, AfterValidator(_same_images)])
+_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Record, AfterValidator(_agrees)])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a certification; raises `KitError` where it is missing, no JSON, or contradicts itself."""
+    return records.read_as(path, _RECORD, "certification")
 
 
 def attack(eps_255: float) -> Attack:
@@ -59,10 +69,13 @@ def attack(eps_255: float) -> Attack:
 def first(split: Split, images: int | None, balanced: bool = False) -> Split:
     """The first so many images of a split, or all; raises `KitError` where there are fewer.
 
-    `balanced`: the first of every class, equally many of each, class by class (`ladder.subset`).
+    `balanced`: the first of every class, equally many of each, class by class (`ladder.subset`), of all as many as the
+    smallest class has.
     """
     if balanced:
-        return ladder.subset(split, images or len(split), split.classes or int(split.labels.max()) + 1)
+        classes = split.classes or int(split.labels.max()) + 1
+        least = int(split.labels.bincount(minlength=classes).min())
+        return ladder.subset(split, classes * least if images is None else images, classes)
     if images is not None and not 1 <= images <= len(split):
         raise KitError(f"images = {images} is not allowed: use 1 to {len(split)}, so many does this split have")
     return Split(split.images[:images], split.labels[:images], classes=split.classes)
@@ -101,7 +114,14 @@ def certify(
     if not len(split):
         raise KitError("the split has no images: there is nothing to certify")
     check(model, split)
-    record = _begin(model, split, attack(eps_255), path)
+    with evaluation.number_format("float32", split.labels.device):  # what is certified is the float32 network
+        return _certify(model, split, _begin(model, split, attack(eps_255), path), steps, seconds, path)
+
+
+def _certify(
+    model: nn.Module, split: Split, record: dict[str, Any], steps: int, seconds: float, path: Path | None
+) -> dict[str, Any]:
+    eps_255 = record["attack"]["eps_255"]
     left = [number for number in range(len(split)) if _is_open(record, number, steps, seconds)]
     with tqdm(total=len(left), desc=f"certify at {eps_255:g}/255", unit="img", disable=not watched()) as bar:
         for start in range(0, len(split), CHUNK):
@@ -141,9 +161,11 @@ def _begin(model: nn.Module, split: Split, attack: Attack, path: Path | None) ->
         "images_sha256": checkpoint.digest({"images": split.images, "labels": split.labels}),
         "attack": asdict(attack),
     }
-    if path is not None and path.exists():
-        record = records.read_as(path, _RECORD, "certification")
+    if path is not None and disk.exists(path):
+        record = read(path)
         checkpoint.refuse_other(path, {key: record.get(key) for key in about}, about)
+        if record["labels"] != split.labels.tolist():
+            raise KitError(f"{path} cannot be gone on with: its labels are not those of its images; delete it")
         return record
     images = len(split)
     progress = {"verdicts": [None] * images, "margins": [None] * images, "steps": [None] * images, "seconds": 0.0}
@@ -182,6 +204,8 @@ def _verify(model: nn.Module, split: Split, record: dict[str, Any], rows: Sequen
         x, y = split.batch(torch.tensor(left, device=split.labels.device))
         bounds = crown.margins(model, x, y, record["attack"]["eps_255"] / 255, effort).amin(1)
         for number, margin in zip(left, bounds.tolist(), strict=True):
+            kept = record["margins"][number]  # by cutting, it may be the better one
+            margin = margin if kept is None else max(margin, kept)
             record["verdicts"][number] = VERIFIED if margin > 0 else UNDECIDED
             record["margins"][number], record["steps"][number] = margin, effort
         record["seconds"] += time.perf_counter() - began
@@ -220,7 +244,7 @@ def bracket(
 
 
 def summary(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
-    """Images of each class, and in %: verified, falsified, undecided; and the same over all images.
+    """Images of each class that has any, and in %: verified, falsified, undecided; last the same over all images.
 
     The robust error lies between falsified and 100 % less verified. Raises `KitError` where the record is unfinished.
     """
@@ -230,7 +254,8 @@ def summary(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
     frame = frame.reindex(columns=VERDICTS, index=range(len(class_names)), fill_value=0)
     frame.columns.name = None
     frame.index = list(class_names)
-    frame.loc["all"] = frame.sum()
+    frame = frame[frame.sum(axis=1) > 0]
+    frame = pd.concat([frame, frame.sum().to_frame("all").T])  # a class may be called so too
     images = frame.sum(axis=1)
     shares = (100 * frame.div(images, axis=0)).round(1)
     shares.insert(0, "images", images)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frlkit import KitError
 from frlkit.audit.layers import Layer, ball, front, network, rounding
 from frlkit.audit.lines import Lines, Range, activations, best_points, enclose, lines, usual_points
 
@@ -46,6 +47,8 @@ def margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) 
     x, y : (N, channels, height, width) floats in [0, 1], and (N,) int64 labels
     eps : radius in [0, 1]
     steps : rounds in which the lines are fitted to each bound; 0 is plain CROWN
+
+    Raises `KitError` for a radius out of range and a network that is not supported.
     """
     return bounded(model, x, y, eps, steps).margins
 
@@ -63,6 +66,8 @@ class Bounded(NamedTuple):
 @torch.no_grad()
 def bounded(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 0) -> Bounded:
     """As `margins`, with all that they follow from."""
+    if not 0 <= eps <= 1:
+        raise KitError(f"eps = {eps} is not allowed: use a radius from 0 to 1, such as 8 / 255")
     layers = network(model, x)
     box = ball(x, eps, front(model))
     ranges = pre_activations(layers, box, steps)

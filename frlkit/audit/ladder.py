@@ -18,9 +18,10 @@ import pandas as pd
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from frlkit import KitError, checkpoint, disk, evaluation, kernels, records
+from frlkit import KitError, checkpoint, disk, evaluation, kernels, records, watched
 from frlkit.attacks import evaluating, logits, pgd
 from frlkit.audit import crown
 from frlkit.data import Split
@@ -135,9 +136,11 @@ def certify(model: nn.Module, split: Split, path: Path, *, steps: int = 0) -> di
     standing = len(record["rungs"])
     verified = record.setdefault("verified", [None if place == standing else False for place in record["fell"]])
     left = [number for number, sure in enumerate(verified) if sure is None]
-    for part in (left[start : start + BOUNDED] for start in range(0, len(left), BOUNDED)):
+    parts = [left[start : start + BOUNDED] for start in range(0, len(left), BOUNDED)]
+    for part in tqdm(parts, desc="certify what stands", leave=False, delay=2, disable=not watched()):
         x, y = split.batch(torch.tensor(part, device=split.labels.device))
-        found = crown.margins(model, x, y, record["eps_255"] / 255, steps).amin(1) > 0
+        with evaluation.number_format("float32", x.device):
+            found = crown.margins(model, x, y, record["eps_255"] / 255, steps).amin(1) > 0
         for number, sure in zip(part, found.tolist(), strict=True):
             verified[number] = sure
         checkpoint.write_json(path, record)

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -38,6 +39,8 @@ CHANGING = (
     *("-ffp-", "-fapprox-func", "-fno-signed-zeros", "-fno-honor", "-fsingle-precision", "-frounding-math"),
     *("-fexcess-precision", "-mfpmath", "-mno-", "-mrecip", "-mdaz", "-mlow-precision", "-fdenormal-fp"),
 )
+# And those that bring such flags from elsewhere: a file's, another program's, those before and behind the compiler.
+HIDING = ("@", "-Wp,", "-Xpreprocessor", "-Xclang", "-mllvm", "-specs", "--specs", "-include", "-imacros", "-wrapper")
 
 
 def build() -> ctypes.CDLL:
@@ -52,8 +55,8 @@ def build() -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "")
     if not compiler:
         raise RuntimeError("there is no C++ compiler (c++ or g++) on the PATH")
-    if unwanted := [flag for flag in compiler if flag.startswith(CHANGING)]:
-        raise RuntimeError(f"{unwanted[0]} in CXX would change results: leave it out")
+    if unwanted := [flag for flag in compiler if flag.startswith((*CHANGING, *HIDING))]:
+        raise RuntimeError(f"{unwanted[0]} in CXX would, or may, change results: leave it out")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     command = [*compiler, *FLAGS, *TARGETS[capability]]
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(os.fsencode, command)])).hexdigest()[:16]
@@ -69,13 +72,15 @@ def build() -> ctypes.CDLL:
 def _cache() -> Path:
     """The kit's folder in the user's cache, which nobody else can enter; raises `OSError` where it is not the user's.
 
-    Whoever can write there runs code here.
+    Whoever can write there runs code here; and so does whoever can put another folder in its place.
     """
     folder = disk.cache()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if not _is_ours(status):
-        raise PermissionError(f"{folder} belongs to somebody else")
+    status, above = folder.lstat(), folder.parent.stat()
+    if stat.S_ISLNK(status.st_mode) or not _is_ours(status):
+        raise PermissionError(f"{folder} is a link, or belongs to somebody else")
+    if above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX:
+        raise PermissionError(f"{folder.parent} can be written by others")
     if status.st_mode & 0o077:
         folder.chmod(0o700)
     return folder

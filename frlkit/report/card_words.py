@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from frlkit.audit.ladder import CERTIFIED
 from frlkit.report import names
 
 
@@ -108,17 +109,21 @@ def _radii(audit: Mapping[str, Any], worst: int, easiest: int, called: Sequence[
 
 
 def _rungs(ladder: Sequence[Mapping[str, Any]], called: Sequence[str]) -> str:
-    means = [float(np.mean(rung["robust"])) for rung in ladder]
-    text = f"Ever stronger attacks on {ladder[-1]['images']} images: the mean error is {percent(means[0])} at the "
-    text += f"first rung and {percent(means[-1])} under {ladder[-1]['rung']}."
-    if len(ladder) < 3:
-        return text
-    more = np.subtract(ladder[-1]["robust"], ladder[1]["robust"])
-    missed = means[-1] - means[1]
-    if missed <= 0:
-        return f"{text} The strongest finds nothing that {ladder[1]['rung']} missed."
-    worst = called[int(more.argmax())]
-    return f"{text} {ladder[1]['rung']} missed {100 * missed:.1f} points of it, {100 * more.max():.1f} in {worst}."
+    attacks = [rung for rung in ladder if rung["rung"] != CERTIFIED]
+    means = [float(np.mean(rung["robust"])) for rung in attacks]
+    text = f"Ever stronger attacks on {attacks[-1]['images']} images: the mean error is {percent(means[0])} at the "
+    text += f"first rung and {percent(means[-1])} under {attacks[-1]['rung']}."
+    if len(attacks) > 2:
+        more = np.subtract(attacks[-1]["robust"], attacks[1]["robust"])
+        missed, worst = means[-1] - means[1], called[int(more.argmax())]
+        if missed > 0:
+            text += f" {attacks[1]['rung']} missed {100 * missed:.1f} points of it, {100 * more.max():.1f} in {worst}."
+        else:
+            text += f" The strongest finds nothing that {attacks[1]['rung']} missed."
+    for rung in ladder[len(attacks) :]:
+        most = percent(float(np.mean(rung["robust"])))
+        text += f" No attack, known or not, can bring it above {most}: so much is proved."
+    return text
 
 
 def _proved(certified: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from frlkit import PROJECT, records, runs
 from frlkit.evaluation import STANDARD
 from frlkit.recipes import RECIPES
-from frlkit.report import tables
+from frlkit.report import names, tables
 
 HEAD = """# Model card
 
@@ -20,8 +20,9 @@ Written by `frlkit report` from the records beside the weights. A run's folder, 
 attack in `outcomes.npz`. `frlkit.runs.read_weights(PATH)` loads one, `frlkit verify` recomputes all. MIT licence.
 
 **Use.** Research on class-wise robustness: to recompute this kit's tables, to compare with other methods, to be
-attacked. Not to decide anything: under attack the worst class is wrong on half of its images or more, and none of these
-models knows an image that belongs to no class.
+attacked. Not to decide anything: under {attack}, the worst class of each is wrong on {least} % of its images or
+more, and none of these models knows an image that belongs to no class. `example/lenet5.pth` is none of them: a file as
+strangers publish theirs, without configuration or record, for notebook 06 to audit.
 
 **Known failures.** Robust errors are lower bounds, from PGD-20; AutoAttack finds more (notebook 05). Classes that
 resemble one another (T-shirt/top, Pullover, Coat, Shirt) are confused with one another: what a recipe gains on one of
@@ -30,15 +31,31 @@ them another may pay. They were not trained for other radii, norms or corruption
 
 
 def card(project: Path = PROJECT) -> str:
-    """The card as Markdown: what each model is, from which data, seeds and recipe, and its class-wise errors."""
-    lines = [HEAD.rstrip()]
+    """The card as Markdown: what each model is, from which data, seeds and recipe, and its class-wise errors.
+
+    Runs on anyone's own images, and on the digits, are not shipped, so they are left out.
+    """
     by_data: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for place in runs.finished(project / "checkpoints"):
+    for place in [run for name in names.DATASETS for run in runs.finished(project / "checkpoints" / name)]:
         record = records.read(place / "record.json")
         by_data.setdefault(record["dataset"], {}).setdefault(place.parent.name, []).append(record)
+    every = [record for found in by_data.values() for seeds in found.values() for record in seeds]
+    least = min((records.robust_errors(record, STANDARD[0].eps_255).max() for record in every), default=0)
+    lines = [HEAD.format(attack=STANDARD[0], least=int(100 * least)).rstrip()]
     for dataset, found in by_data.items():
-        lines += ["", f"## {dataset}", "", *_about(found), "", *_classwise(found)]
+        lines += ["", f"## {names.DATASETS[dataset]}", "", _images(found), "", *_about(found), "", *_classwise(found)]
     return "\n".join(lines) + "\n"
+
+
+def _images(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """How many images the models were trained and tested with."""
+    every = [record for seeds in found.values() for record in seeds]
+    trained = sorted({sum(record["training_counts"]) for record in every if "training_counts" in record})
+    tested = " or ".join(sorted({f"{record['images']:,}" for record in every}))
+    return (
+        f"Trained on {' or '.join(f'{count:,}' for count in trained)} images; a share of each class's training images "
+        f'("held out") is validation, and all of the {tested} test images are tested on.'
+    )
 
 
 def _about(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

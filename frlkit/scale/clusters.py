@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from frlkit import KitError, checkpoint, data, disk, recipes, records, runs
@@ -160,7 +161,8 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
     """Keep what a worker sent back: only this run's own files, whole and at one with each other, reach its folder.
 
     Raises `KitError` where a file is missing or damaged, weights, record or history are another run's, the record is of
-    other weights or lacks an attack, or the history lacks epochs. It is that run's failure alone.
+    other weights or lacks an attack, the history lacks epochs, or they are of other images or classes. It is that run's
+    failure alone.
     """
     if missing := set(runs.FILES) - {records.OUTCOMES} - set(files):
         raise KitError(f"the worker sent no {min(missing)}")
@@ -170,11 +172,17 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
             (place / name).write_bytes(files[name])
         model, config = runs.read_weights(place / runs.WEIGHTS)
         record, history = records.read(place / "record.json"), records.read_history(place / "history.json")
-        records.outcomes(place / records.OUTCOMES)
+        kept = records.outcomes(place / records.OUTCOMES, record.get("weights_sha256"))
     for found in (config, record.get("config", {}), history["config"]):
         checkpoint.refuse_other(run.folder, found, recipes.described(run.config))
     if record.get("weights_sha256") != checkpoint.digest(dict(model.state_dict())):
         raise KitError("the worker's record is of other weights than it sent")
+    classes = {len(record["class_names"]), len(history["epochs"][0]["validation"]["natural"]), _outputs(model)}
+    same = {record.get("data_sha256"), history.get("data_sha256")}
+    if record["dataset"] != run.config.dataset or len(classes) > 1 or len(same) > 1:
+        raise KitError("the worker's weights, record and history are not of one data set")
+    if records.OUTCOMES in files and not kept:
+        raise KitError("the worker's outcomes are of other weights than it sent")
     done = {Attack(**entry["attack"]) for entry in record["attacks"]}
     if len(history["epochs"]) != run.config.epochs or not done >= set(records.standard(run.config.dataset)):
         raise KitError("the worker sent an unfinished run")
@@ -183,6 +191,11 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
             if name in files:
                 checkpoint.write_atomically(run.folder / name, files[name])
         checkpoint.remove(run.folder / "checkpoint.pt")
+
+
+def _outputs(model: nn.Module) -> int:
+    *_, bias = model.parameters()
+    return len(bias)
 
 
 def _ray(address: str, device: str, shares: int) -> tuple[Callable[..., Any], int, Callable[[], None]]:

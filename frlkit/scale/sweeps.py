@@ -32,7 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, recipes, records, runs, took, watched
+from frlkit import KitError, checkpoint, data, disk, recipes, records, runs, took, watched
 from frlkit.evaluation import STANDARD, Attack
 from frlkit.recipes import Config, FairConfig
 from frlkit.values import to_text
@@ -72,14 +72,30 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether it is finished. Raises `KitError` where the folder's record is damaged or another run's."""
+        """Whether it is finished.
+
+        Raises `KitError` where the folder's record is damaged, another run's, or of other images of a folder.
+        """
         path = self.folder / "record.json"
-        if not path.exists() or not any((self.folder / name).exists() for name in (runs.WEIGHTS, "weights.pt")):
+        if not any(disk.exists(self.folder / name) for name in (runs.WEIGHTS, "weights.pt")) or not disk.exists(path):
             return False
         record = records.read(path)
         checkpoint.refuse_other(path, record.get("config", {}), recipes.described(self.config))
+        if own := _folder(self.config.dataset):
+            runs.refuse_other_images(path, record, own.with_validation(self.config.validation))
         # a kill between two attacks leaves a record with the first
         return {Attack(**entry["attack"]) for entry in record["attacks"]} >= set(records.standard(self.config.dataset))
+
+
+def _folder(dataset: str) -> data.Dataset | None:
+    """The images of a folder; None for a known data set, and where the folder is not, as on a cluster's driver."""
+    there = dataset.startswith(data.FOLDER) and disk.exists(
+        data.root() / Path(dataset.removeprefix(data.FOLDER)).expanduser()
+    )
+    return _loaded(dataset) if there else None
+
+
+_loaded = functools.lru_cache(maxsize=1)(data.load)
 
 
 #: Carries runs out; yields each one's folder, what went wrong or nothing, and what it said on the way.
@@ -96,8 +112,8 @@ def plan(path: Path, root: Path) -> list[Run]:
 
     try:
         sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise KitError(f"the sweep {path} cannot be read: {' '.join(str(error).split())}") from None
+    except Exception as error:  # YAML's own readers of dates and numbers raise anything
+        raise KitError(f"the sweep {path} cannot be read: {' '.join(str(error).split()) or 'it is nested'}") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("grid"), list) or not sweep["grid"]:
         raise KitError(f"the sweep {path} has no grid: give it a list of entries, such as '- recipe: pgd_at'")
     if unknown := set(sweep) - {"grid", *DEFAULTS}:
@@ -156,6 +172,8 @@ def _expand(entry: Any, defaults: dict[str, Any], root: Path) -> Iterator[Run]:
     values = entry.pop("values")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise KitError(f"values = {values!r} is not allowed: use fields and values, such as {{epochs: 8}}")
+    if named := {"recipe", "method", "dataset", "seed"} & set(values):
+        raise KitError(f"{min(named)} is not allowed among values: it names the run's folder; give it beside values")
     choices = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
     if empty := [key for key, listed in choices.items() if not listed]:
         raise KitError(f"{empty[0]} = [] is not allowed in a grid: give at least one value")
@@ -190,7 +208,7 @@ def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
         key = (config.dataset, config.model, config.batch_size)
         if key not in sizes:
             record = path.with_name("record.json")
-            found = records.read(record) if record.exists() else {}
+            found = records.read(record) if disk.exists(record) else {}
             if not {"training_counts", "images"} <= set(found):
                 continue
             sizes[key] = sum(found["training_counts"]), found["images"]

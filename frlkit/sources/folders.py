@@ -100,10 +100,17 @@ def find(place: Path) -> Source:
         raise KitError(f"{place} has no images to {' and no images to '.join(missing)}: {LAYOUT}{hint}")
     if len(source.class_names) < 2:
         raise KitError(f"{place} has {len(source.class_names)} classes: two or more are needed; {LAYOUT}")
-    for name, count in Counter(source.class_names).items():
-        if count > 1 or not name.strip() or not printable(name):
+    shown = Counter(map(_shown, source.class_names))
+    for name in source.class_names:
+        if shown[_shown(name)] > 1 or not _shown(name) or not printable(name):
             raise KitError(f"{place} has a class {name!r} that no table can show: rename it (and use each name once)")
     return source
+
+
+def _shown(name: str) -> str:
+    """What a reader sees of a name: one form of each character, single spaces, nothing invisible."""
+    visible = "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf")
+    return " ".join(visible.split())
 
 
 def printable(name: str) -> bool:
