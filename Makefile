@@ -53,7 +53,8 @@ test: .venv/ready-test
 
 .venv/ready: requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
-	@echo "setting up .venv (a few minutes the first time)"
+	@echo "setting up .venv: some minutes and, on Linux, about 6 GB, most of it for GPUs; without one, stop and use"
+	@echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make ..."
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --requirement requirements.txt
 	@$(PIP) --no-deps --editable .

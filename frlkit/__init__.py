@@ -6,8 +6,10 @@ Floors, top down; an import never climbs: ``__main__`` · ``commands``, ``reprod
 ``theory`` stands alone. The numbered notebooks are prose, parameters and calls to these.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # torch's threads wait for each other by spinning, for milliseconds; where a neighbour is busy that can cost a factor of
@@ -17,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # one thread solves notebook 02's problems twenty to forty times sooner than two.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The one place that names the public repository; the notebooks' badges and set-up cells repeat it (a test compares).
 REPOSITORY = "https://github.com/frlkit/frlkit"
@@ -38,8 +40,24 @@ class KitError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+_quiet = False
+
+
+@contextlib.contextmanager
+def unwatched(quiet: bool = True) -> Iterator[None]:
+    """Show no progress."""
+    global _quiet
+    before, _quiet = _quiet, quiet or _quiet
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
 def watched() -> bool:
     """Whether a person sees progress live: a terminal, Jupyter or Colab, but not papermill, nbval or a pipe."""
+    if _quiet:
+        return False
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
 
 

@@ -44,7 +44,7 @@ def reproduce(dataset: str, profile: str, retrain: bool, output: Path) -> None:
     click.echo(run_all(dataset, output.resolve(), retrain=retrain, profile=profile))
 
 
-@main.command()
+@main.command(short_help="Write every table of the documents anew, or check them.")
 @click.option("--check", is_flag=True, help="Write nothing: say where documents and records disagree.")
 @click.option("--claims", type=click.Path(path_type=Path), help="Executed notebooks: keep their claims first.")
 def report(check: bool, claims: Path | None) -> None:
@@ -67,11 +67,12 @@ def recipes() -> None:
     """List every recipe: its name, where it comes from, what it is."""
     from frlkit.recipes import RECIPES
 
+    width = max(len(recipe.source) for recipe in RECIPES.values())
     for name, recipe in RECIPES.items():
-        click.echo(f"{name:22}  {recipe.source:26}  {recipe.title}")
+        click.echo(f"{name:22}  {recipe.source:{width}}  {recipe.title}")
 
 
-@main.command()
+@main.command(short_help="For a fork: another address in badges and notebooks.")
 @click.argument("url")
 def address(url: str) -> None:
     """For a fork: rewrite the address https://github.com/OWNER/NAME in badges, notebooks and documents."""
@@ -169,12 +170,14 @@ def sweep(
     """
     from frlkit.scale import clusters, sweeps
 
+    click.get_current_context().meta["resumes"] = not dry_run
     place = clusters.choose(backend, address, device, jobs, shares)
     planned = sweeps.plan(file, runs)
-    with sure_to_end(), place as (carry_out, workers):
-        if dry_run:
+    if dry_run:
+        with place as (_, workers):
             click.echo(sweeps.preview(planned, runs, workers))
-            return
+        return
+    with sure_to_end(), place as (carry_out, _):
         failed = sweeps.sweep(planned, carry_out)
         click.echo(f"{len(planned) - len(failed)} of {len(planned)} runs are finished")
         if failed:
@@ -209,10 +212,16 @@ def table(runs: tuple[Path, ...], kind: str, output: Path | None) -> None:
         checkpoint.write_atomically(output, tables.rendered(records, written[output.suffix]).encode())
 
 
-@main.command()
+@main.command(short_help="Attack every finished run again and compare.")
 @DATA
 @RUNS
-@click.option("--tolerance", default=0.5, show_default=True, help="Percentage points that one class may differ by.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=0.5,
+    show_default=True,
+    help="Percentage points that one class may differ by.",
+)
 @DEVICE
 def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
     """Attack the weights of every finished run again and compare with its record; print the largest difference.

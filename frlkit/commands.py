@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from frlkit import disk
 from frlkit.options import DATA, DEVICE, RUNS, Choice, names_of
 
 
@@ -79,7 +80,8 @@ def audit(output: Path | None, images: int | None, ladder: int, certify: int, ou
     --model loads its own. A file's code is never run; that of your own --model file is. How the images are to be
     normalised, and which activation and pooling a LeNet-5 has, is found out on a few clean images.
     """
-    kept = output / "audit.json" if output else out
+    kept = disk.ready(output) / "audit.json" if output else out
+    click.get_current_context().meta["resumes"] = bool(output and (ladder or certify))
     found = _audited(asked, most=images, ladder=ladder, certify=certify, path=kept)
     if output and out:
         _write(out, found)
@@ -124,6 +126,7 @@ def fairer(
     from frlkit.evaluation import Attack
     from frlkit.report import card, names
 
+    disk.ready(output)
     read = readings.read(None if str(weights) == "-" else weights, device=data.pick_device(device), **asked)
     values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
     attack = Attack() if eps is None else Attack(eps, eps / 4)
@@ -148,6 +151,8 @@ def evaluate(out: Path | None, **asked: Any) -> None:
     WEIGHTS is any file of plain tensors that fits the model, such as a torch.save of a state_dict or safetensors. The
     JSON holds natural, robust and boundary as lists of fractions by class. More: frlkit audit.
     """
+    if out is not None:
+        disk.ready(out.parent)
     found = _audited(asked, curve=False)
     if out is not None:
         renamed = {
@@ -219,6 +224,9 @@ def certify(
     from frlkit.audit import readings
 
     place = data.pick_device(device)
+    click.get_current_context().meta["resumes"] = out is not None
+    if out is not None:
+        disk.ready(out.parent)
     if target.is_dir() and model_name:
         raise KitError(f"--model {model_name} is for a file of weights: {target} says which network it is")
     if target.is_dir():

@@ -11,6 +11,7 @@ import errno
 import glob
 import os
 import re
+import tempfile
 import threading
 import time
 import warnings
@@ -67,6 +68,16 @@ def exists(path: Path) -> bool:
     except OSError as error:
         raise not_read(path, error) from None
     return True
+
+
+def ready(folder: Path) -> Path:
+    """The folder, made where it is missing; raises `WriteError` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise not_written(folder, error) from None
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from frlkit import PROJECT, KitError, disk
+from frlkit import PROJECT, KitError, disk, unwatched
 
 
 class Group(click.Group):
@@ -34,8 +34,9 @@ class Group(click.Group):
         return super().main(*values, **named)
 
     def invoke(self, context: click.Context) -> Any:
+        quiet = context.params["quiet"]
         try:
-            with contextlib.redirect_stdout(io.StringIO()) if context.params["quiet"] else contextlib.nullcontext():
+            with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext(), unwatched(quiet):
                 return super().invoke(context)
         except BrokenPipeError:  # of `| head`: click knows what to do
             raise
@@ -44,8 +45,15 @@ class Group(click.Group):
         except OSError as error:
             named = disk.not_read(Path(os.fsdecode(error.filename)), error) if error.filename else error
             raise click.ClickException(str(named)) from None
+        except ModuleNotFoundError as error:
+            if (error.name or "frlkit").partition(".")[0] == "frlkit":
+                raise
+            raise click.ClickException(
+                f"this needs {error.name}, which is not installed: pip install 'frlkit[notebooks]'"
+            ) from None
         except KeyboardInterrupt:
-            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "fairer", "certify")
+            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "fairer")
+            resumes = context.meta.get("resumes", resumes)
             stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")
             stopped.exit_code = 130
             raise stopped from None

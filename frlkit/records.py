@@ -270,8 +270,9 @@ def largest_difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> f
 
     Raises `KitError` where they do not have the same classes and attacks.
     """
-    if len(record["class_names"]) != len(other["class_names"]):
-        raise KitError(f"one record has {len(record['class_names'])} classes, the other {len(other['class_names'])}")
+    classes = [len(r.get("natural", ())) for r in (record, other)]
+    if classes[0] != classes[1]:
+        raise KitError(f"one record has errors of {classes[0]} classes, the other of {classes[1]}")
     ours, theirs = ({Attack(**entry["attack"]): entry["robust"] for entry in r["attacks"]} for r in (record, other))
     if only := set(ours) ^ set(theirs):
         raise KitError(f"only one of the two records has {min(map(str, only))}: evaluate both alike")

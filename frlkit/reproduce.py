@@ -46,6 +46,7 @@ class Job:
     name: str
     parameters: dict[str, Any]
     live: bool  # whether its data set is there
+    images: str = ""  # the data set's fingerprint, where it is
 
     def runs(self, root: str = "") -> Path | None:
         """Where the runs of its data set lie, its own or those under `root`; None where it has no data set."""
@@ -98,16 +99,16 @@ def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterat
 
     No two studies share a name: it tells the data set, and the profile where that is not the data set's own.
     """
-    import papermill
-
     sources = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not sources:
         raise KitError(f"there are no notebooks in {NOTEBOOKS}: run this from a checkout of the repository")
+    import papermill
+
     if profile:
         dataset = _profile(profile)["DATASET"]
-    datasets = {dataset: True}
+    datasets, images = {dataset: True}, ""
     try:
-        data.load(dataset)
+        images = data.load(dataset).fingerprint
     except data.DataUnavailableError as error:
         shipped = PROJECT / "checkpoints" / data.folder_name(dataset)
         if retrain or not shipped.exists():
@@ -123,8 +124,9 @@ def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterat
             job += f"_{data.folder_name(name)}" if "DATASET" in known and name != "fashion_mnist" else ""
             job += f"_{own}" if own != usual else ""
             values = {**_profile(own), "DATASET": name, "FIGURES": _shown(output / job / "figures")}
-            values |= {"RUNS": _shown(output / "checkpoints")} if retrain else {}
-            yield Job(source, job, {key: value for key, value in values.items() if key in known}, live)
+            trained = output / ("checkpoints" if own == usual else f"checkpoints_{own}")  # of other lengths
+            values |= {"RUNS": _shown(trained)} if retrain else {}
+            yield Job(source, job, {key: value for key, value in values.items() if key in known}, live, images)
 
 
 def _profile(name: str) -> dict[str, Any]:
@@ -159,15 +161,16 @@ def _finished(job: Job, output: Path) -> dict[str, Any]:
     """
     note = _read(output / job.name / "done.json")
     files = [output / job.name / f"{job.name}{ending}" for ending in (".ipynb", ".html")]
-    if note.get("made_by") != _made_by(job) or not all(file.is_file() for file in files):
+    whole = {"runs", "tables"} <= set(note) and all(file.is_file() for file in files)
+    if not whole or note.get("made_by") != _made_by(job):
         return {}
     then, now = note["runs"], _hashes(job)
     return note if then == ({file: now.get(file) for file in then} if job.live else now) else {}
 
 
 def _made_by(job: Job) -> str:
-    """A hash of a job's source and parameters, the kit, its libraries, and where the data are."""
-    given = [job.parameters, job.live, os.environ["FRLKIT_DATA"], LIBRARIES]
+    """A hash of a job's source and parameters, the kit, its libraries, the images and where they are."""
+    given = [job.parameters, job.live, job.images, os.environ["FRLKIT_DATA"], LIBRARIES]
     total = hashlib.sha256(json.dumps(given).encode())
     kit = Path(__file__).parent
     for file in (job.source, *sorted(file for ending in ("py", "cpp", "j2") for file in kit.rglob(f"*.{ending}"))):

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from frlkit import KitError, data, evaluation, models
 from frlkit.__main__ import main
 from frlkit.attacks import pgd
-from frlkit.audit import RADII_255, audit, networks, read, readings
+from frlkit.audit import RADII_255, audit, ladder, networks, read, readings
 from frlkit.audit.weights import find
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
+from frlkit.report import card, card_words
 
 ATTACK = Attack(steps=5)
 
@@ -113,6 +114,23 @@ class TestNumbers:
             audit(sound, tiny, certify=10)
         found = audit(nn.Sequential(sound), tiny, ATTACK, certify=10, curve=False, path=tmp_path / "b.json")
         assert "not supported" in found["certified"]["not_supported"]
+
+    def test_a_ladder_ends_in_what_is_proved(self, sound: nn.Module, tiny: Dataset, tmp_path: Path) -> None:
+        pytest.importorskip("torchattacks", reason="AutoAttack needs torchattacks")
+        about: dict[str, Any] = {"ladder": 10, "curve": False}
+        found = audit(sound, tiny, Attack(1, 0.25, 3), path=tmp_path / "audit.json", **about)
+        assert [rung["rung"] for rung in found["ladder"]][-2:] == [ladder.AUTOATTACK, ladder.CERTIFIED]
+        errors = np.array([rung["robust"] for rung in found["ladder"]])
+        assert (np.diff(errors, axis=0) >= 0).all()
+        said = card_words.sentences(found, card.summary(found))["ladder"]
+        assert f"can bring it above {100 * errors[-1].mean():.1f} %: so much is proved" in said
+        found = audit(nn.Sequential(sound), tiny, Attack(1, 0.25, 3), path=tmp_path / "b" / "audit.json", **about)
+        assert found["ladder"][-1]["rung"] == ladder.AUTOATTACK
+        assert "not supported" in found["certified"]["not_supported"]
+
+    def test_a_class_that_is_not_among_the_images_is_named(self, sound: nn.Module, tiny: Dataset) -> None:
+        with pytest.raises(KitError, match=r"class '\d' has none of the 3 test images: .* audit more \(--images\)"):
+            audit(sound, tiny, ATTACK, most=3)
 
 
 class TestLayouts:

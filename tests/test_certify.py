@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,34 @@ def test_a_normalisation_changes_nothing_that_weights_undo(trained: nn.Module, t
 def test_what_cannot_be_bounded_is_refused(model: nn.Module, words: str) -> None:
     with pytest.raises(KitError, match=f"is not supported: .*{words}"):
         crown.margins(model, torch.rand(1, 1, 28, 28), torch.tensor([0]), EPS)
+
+
+def test_shipped_certificates_and_ladders_do_not_contradict_each_other() -> None:
+    """Of the same images: what is verified stands to the last rung; what falls there is falsified or undecided."""
+    shared = 0
+    for place in sorted((PROJECT / "checkpoints").glob("*/*/seed*")):
+        if not (place / "ladder.json").exists():
+            continue
+        rungs = ladder.read(place / "ladder.json")
+        for path in place.glob("certified_*.json"):
+            found = certify.read(path)
+            if found["attack"]["eps_255"] != rungs["eps_255"] or found["weights_sha256"] != rungs["weights_sha256"]:
+                continue
+            each = [len(record["labels"]) // 10 for record in (found, rungs)]  # both are balanced, class by class
+            for number, verdict in enumerate(found["verdicts"]):
+                label, place_in_class = divmod(number, each[0])
+                assert found["labels"][number] == label
+                stands = rungs["fell"][label * each[1] + place_in_class] == len(rungs["rungs"])
+                assert stands or verdict != "verified", path
+                shared += 1
+    assert shared >= 1000
+
+
+def test_a_radius_out_of_range_is_refused(trained: nn.Module, tiny: Dataset) -> None:
+    x, y = tiny.test.batch(slice(0, 1))
+    for eps in (-0.1, 1.5, math.nan):
+        with pytest.raises(KitError, match="use a radius from 0 to 1"):
+            crown.margins(trained, x, y, eps)
 
 
 def test_bounds_fall_with_the_radius_and_rise_with_effort(trained: nn.Module, tiny: Dataset) -> None:

@@ -30,6 +30,7 @@ from frlkit import (
     recipes,
     runs,
     training,
+    watched,
 )
 from frlkit.__main__ import main
 from frlkit.data import Dataset
@@ -281,6 +282,17 @@ class TestTrain:
         assert "the same command goes on from here" in sentence(result)
         assert result.exit_code == 130
 
+    def test_only_what_is_kept_is_said_to_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("frlkit.audit.certify.certify", stop)
+        words = ("certify", PROJECT / "checkpoints/example/lenet5.pth", "--dataset", "digits")
+        for more, goes_on in (((), False), (("--json", tmp_path / "a.json"), True)):
+            result = call(*words, *more)
+            assert result.exit_code == 130
+            assert ("the same command goes on from here" in sentence(result)) is goes_on
+
     def test_runs_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way", encoding="utf-8")
         words = ("--dataset", "digits", "--epochs", "1", "--batch-size", "50", "--runs", tmp_path / "file")
@@ -289,6 +301,28 @@ class TestTrain:
         assert isinstance(result.exception, SystemExit), result.exception
         assert len([line for line in result.stderr.splitlines() if "Error" in line]) == 1
         assert "Traceback" not in result.stderr
+
+
+def test_quiet_shows_no_progress_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JPY_SESSION_NAME", "a notebook")  # where progress is watched
+    seen: list[bool] = []
+    monkeypatch.setattr(runs, "verify", lambda *_: seen.append(watched()) or iter(()))
+    for words in ((), ("-q",)):
+        call(*words, "verify", "--dataset", "digits")
+    assert seen == [True, False] and watched()
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    result = call("reproduce", "--dataset", "digits", "--output", tmp_path / "out")
+    assert "this needs papermill, which is not installed: pip install 'frlkit[notebooks]'" in sentence(result)
+
+
+@pytest.mark.parametrize("words", [("evaluate", "--json", "/proc/none/a.json"), ("audit", "--output", "/proc/none")])
+def test_an_output_that_cannot_be_is_refused_before_the_attack(words: tuple[str, ...]) -> None:
+    command, *more = words
+    result = call(command, PROJECT / "checkpoints/example/lenet5.pth", "--dataset", "digits", *more)
+    assert "/proc/none cannot be written" in sentence(result)
 
 
 class TestVerify:

@@ -56,13 +56,17 @@ class TestSigns:
         return tmp_path
 
     def put(self, project: Path, recipe: str, seed: int, robust: list[float]) -> None:
-        entries = [
-            {"attack": vars(Attack(float(eps))), "robust": robust, "boundary": [0.1, 0.1]} for eps in (8, 16, 12)
-        ]
+        natural, counts = [0.1, 0.3], [30, 10]
+        wrong = [round(error * count) for error, count in zip(robust, counts, strict=True)]
+        errors = {
+            "robust": robust,
+            "boundary": [error - clean for error, clean in zip(robust, natural, strict=True)],
+            "confusion": [[30 - wrong[0], wrong[0]], [wrong[1], 10 - wrong[1]]],
+        }
         record = {
-            **{"dataset": "gtsrb", "class_names": ["Stop", "Yield"], "class_counts": [30, 10], "images": 40},
-            **{"training_counts": [300, 100], "natural": [0.1, 0.3], "config": {"seed": seed}},
-            "attacks": [{**entry, "confusion": [[30, 0], [0, 10]]} for entry in entries],
+            **{"dataset": "gtsrb", "class_names": ["Stop", "Yield"], "class_counts": counts, "images": 40},
+            **{"training_counts": [300, 100], "natural": natural, "config": {"seed": seed, "dataset": "gtsrb"}},
+            "attacks": [{"attack": vars(Attack(float(eps))), **errors} for eps in (8, 16, 12)],
         }
         checkpoint.write_json(project / "checkpoints" / "gtsrb" / recipe / f"seed{seed}" / "record.json", record)
 

@@ -695,17 +695,21 @@ class TestMeasuring:
         assert len(draws) == len(set(draws)) == 6  # twice in each of three epochs, every time others
 
     @pytest.mark.parametrize("missed", [3, 9])
-    def test_a_sample_that_misses_a_class_is_refused(
-        self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: int
+    def test_a_sample_that_misses_a_class_takes_one_of_it(
+        self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch, missed: int
     ) -> None:
         others = (tiny.validation.labels != missed).nonzero()[:, 0]
         one = (tiny.validation.labels == missed).nonzero()[:1, 0]
         index = torch.cat([others[:20], one])
         held = Split(tiny.validation.images[index], tiny.validation.labels[index])
         monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
-        data, place = replace(tiny, validation=held), tmp_path / "digits" / "official_both" / "seed0"
-        with pytest.raises(KitError, match=f"^update_images = 20 is not allowed here: .* class {missed}"):
-            runs.run(fair("official_both", update_images=20), data, place)
+        data, model = replace(tiny, validation=held), models.build("lenet5", seed=0)
+        drawn = training._drawn(training.begin(fair("official_both", update_images=20), data, model), 0)
+        assert len(drawn) == 20 and set(drawn.labels.tolist()) == set(range(10))
+        changed = [not torch.equal(*pair) for pair in zip(drawn.images, held.images[:20], strict=True)]
+        assert sum(changed) == 1 and drawn.labels[changed.index(True)] == missed
+        with pytest.raises(KitError, match=r"^update_images = 9 is not allowed here: use 10 or more, or 0"):
+            training._drawn(training.begin(fair("official_both", update_images=9), data, model), 0)
 
     @pytest.mark.parametrize("recipe", ["algorithm1_both", "algorithm1_remargin", "baseline_reweight", "shrunk_margin"])
     def test_the_history_replays(self, tiny: Dataset, start: Path, tmp_path: Path, recipe: str) -> None:

@@ -107,7 +107,7 @@ def test_verify_leaves_ones_own_out_by_name(small: Dataset, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ("pgd_at", "'start' is no field of a run of pgd_at"),
+        ("pgd_at", "recipe = 'pgd_at' goes on from no network: use one of"),
         ("uniform,model=lenet6", "model = 'lenet6' is unknown: use one of lenet5"),
         ("uniform,model=own:absent", "one's own has to be lent anew in every process"),
     ],
@@ -115,6 +115,16 @@ def test_verify_leaves_ones_own_out_by_name(small: Dataset, tmp_path: Path, monk
 def test_refused(recipe: str, words: str, small: Dataset, tmp_path: Path) -> None:
     with pytest.raises(KitError, match=words):
         fairer.retrain(recipe, Net(), "net", small, tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["nosuch", "pgd_at", "algorithm1_both,colour=red"])
+def test_a_recipe_that_cannot_be_is_refused_before_any_training(
+    recipe: str, small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(KitError, match="nosuch|pgd_at|colour"):
+        next(fairer.versions(Net(), "net", small, tmp_path, recipe))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", ["weights-", "weights-xyz", "weights-" + "0" * 64, "somewhere"])

@@ -65,6 +65,12 @@ def test_an_import_never_climbs(room: str) -> None:
             assert floor(other) < floor(room), f"{path.name} imports {other}"
 
 
+def test_training_knows_no_file() -> None:
+    for room in ("training", "losses", "evaluation", "recipes", "attacks", "fairness"):
+        for path in modules()[room]:
+            assert not imports(path) & {"checkpoint", "disk", "runs", "records", "drive"}, room
+
+
 def test_every_room_has_a_floor() -> None:
     assert set(modules()) <= set().union(*FLOORS)
 

@@ -433,6 +433,9 @@ class TestArrays:
             ({"y_test": [0, 1, 2] * 2}, "no label that training has not"),
             ({"x_train": np.zeros((6, 81))}, "do not fit"),
             ({"class_names": ["ant", "ant"]}, "class 'ant' that no table can show"),
+            ({"class_names": ["ant hill", "ant\u00a0 hill"]}, "class 'ant hill' that no table can show"),
+            ({"class_names": ["é", "e\u0301"]}, "class 'é' that no table can show"),
+            ({"class_names": ["ant", "\u200b"]}, "that no table can show"),
             ({"x_train": np.array([{}] * 6)}, "a.npz cannot be read .Object arrays"),
             ({"x_train": None}, "no images to train"),
             (

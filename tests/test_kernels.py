@@ -529,6 +529,23 @@ def test_the_cache_is_the_users_alone(fresh, model):
 
 
 @needs_native
+def test_a_cache_that_others_can_replace_is_not_used(fresh, model):
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    mode = fresh.parent.stat().st_mode
+    fresh.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="can be written by others"):
+        build._cache()
+    assert kernels.available(model)  # built for this process alone
+    assert not list(fresh.glob("*.so"))
+    fresh.parent.chmod(mode)
+    elsewhere = fresh.with_name("elsewhere")
+    fresh.rename(elsewhere)
+    fresh.symlink_to(elsewhere)
+    with pytest.raises(PermissionError, match="is a link"):
+        build._cache()
+
+
+@needs_native
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, who can give files away")
 @pytest.mark.parametrize("what", ["library", "folder"])
 def test_what_belongs_to_somebody_else_is_not_loaded(fresh, model, monkeypatch, what):
@@ -572,6 +589,7 @@ def test_flags_are_part_of_the_librarys_name(fresh, monkeypatch):
     [
         *("-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-fassociative-math", "-ffinite-math-only"),
         *("-ffp-contract=off", "-mno-fma", "-freciprocal-math", "-fno-signed-zeros"),
+        *("@flags", "-Wp,-ffast-math", "-include", "-specs=here"),  # which bring others
     ],
 )
 @needs_native

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -194,7 +195,7 @@ class TestPlan:
             (["--shares", "0"], "--shares"),
             (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
             (["--backend", "slurm"], "--backend"),
-            (["--backend", "dask"], "--backend dask with --address '' is not allowed"),
+            (["--backend", "dask"], "--backend dask needs its cluster's address: give --address HOST:PORT"),
             (["--address", "here:1"], "--backend local with --address 'here:1' is not allowed"),
             (["--backend", "ray", "--address", "here:1", "--jobs", "2"], "--jobs 2 is not allowed with --backend ray"),
         ],
@@ -227,6 +228,27 @@ class TestPlan:
             json.dumps({**record, "attacks": record["attacks"][:1]}), encoding="utf-8"
         )
         assert not run.done
+
+
+def test_changed_images_of_a_folder_are_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan and a re-check say so, as training does."""
+    monkeypatch.setenv("FRLKIT_DATA", str(tmp_path))
+    grey = np.linspace(0, 255, 24 * 64).astype(np.uint8).reshape(24, 8, 8)
+    arrays = {"x_train": grey[:16], "y_train": [0, 1] * 8, "x_test": grey[16:], "y_test": [0, 1] * 4}
+    np.savez(tmp_path / "a.npz", **arrays)
+    path = written(tmp_path, "grid: [{recipe: natural, dataset: 'folder:a.npz', values: {epochs: 1, model: cnn3}}]")
+    (run,) = sweeps.plan(path, tmp_path / "runs")
+    runs.run(run.config, data.load("folder:a.npz"), run.folder)
+    (run,) = sweeps.plan(path, tmp_path / "runs")
+    assert run.done
+    np.savez(tmp_path / "a.npz", **{**arrays, "x_train": grey[:16] + 1})
+    sweeps._loaded.cache_clear()
+    with pytest.raises(KitError, match="was made with other images of folder:a.npz"):
+        sweeps.plan(path, tmp_path / "runs")
+    with pytest.raises(KitError, match="was made with other images of folder:a.npz"):
+        list(runs.verify(tmp_path / "runs", data.load("folder:a.npz")))
+    (tmp_path / "a.npz").unlink()  # as on a cluster's driver
+    assert run.done
 
 
 class TestShipped:
@@ -273,7 +295,7 @@ def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str
     errors: dict[str, Any] = {"robust": [0.2, 0.3], "boundary": [0.1, 0.1], "confusion": [[8, 2], [3, 7]]}
     attacks = [{"attack": asdict(attack), **errors} for attack in STANDARD]
     record = {"config": made, "dataset": run.config.dataset, "class_names": ["0", "1"], "attacks": attacks}
-    record |= {"training_counts": [800, 1000], "images": 200}
+    record |= {"training_counts": [800, 1000], "images": 200, "class_counts": [10, 10], "natural": [0.1, 0.2]}
     (run.folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     epoch = {"lr": 0.1, "loss": 2.0, "seconds": seconds, "validation": {"natural": [0.1, 0.2], "robust": [0.2, 0.3]}}
     history = {"config": made, "threads": threads, "epochs": [epoch] * run.config.epochs}

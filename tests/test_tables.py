@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -384,3 +385,12 @@ class TestCollected:
         assert isinstance(result.exception, SystemExit), result.exception
         assert result.stdout == ""
         assert said in result.stderr
+
+
+def test_the_shipped_runs_fit_a_terminal() -> None:
+    """Long recipes are broken behind commas; the numbers stand behind the last part."""
+    text = tables.rendered(tables.collect([PROJECT / "checkpoints" / "fashion_mnist"]))
+    assert max(map(len, text.splitlines())) <= 112
+    recipes = {path.name for path in (PROJECT / "checkpoints" / "fashion_mnist").iterdir() if path.is_dir()}
+    joined = "".join(re.sub(r" {2,}.*", "", line.strip()) for line in text.splitlines())
+    assert all(recipe in joined for recipe in recipes)

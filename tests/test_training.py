@@ -415,6 +415,21 @@ class TestRun:
                 assert all(bool(value.isfinite().all()) for value in state["model"].values())
             assert not (place / runs.WEIGHTS).exists()
 
+    def test_outputs_that_are_not_finite_are_refused(self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Finite weights can be so large that logits are not: no error measured with them means anything."""
+        run = training.begin(Config("natural", "digits", epochs=1), tiny, models.build("lenet5", seed=0))
+
+        def ruin(*_: Any, **__: Any) -> training.Batches:
+            with torch.no_grad():
+                run.model.fc2.weight.fill_(3e38)
+            yield 50, 1.0
+
+        monkeypatch.setattr(training, "train_epoch", ruin)
+        with pytest.raises(
+            training.TrainingDivergedError, match=r"^epoch 1: the network has outputs .* NaN or infinite"
+        ):
+            next(training.epochs(run))
+
     @pytest.mark.parametrize("name", RUNS)
     def test_stopped_and_resumed_equals_straight(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

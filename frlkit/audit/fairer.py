@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frlkit import models, runs
+from frlkit import KitError, models, runs
 from frlkit.data import Dataset
-from frlkit.recipes import FAIR, configure
+from frlkit.recipes import FAIR, RECIPES, configure
 
 BEFORE, CONTROL, INTERCEPT = "before", "control (equal weights)", "output biases moved"
 
@@ -40,7 +40,10 @@ def going_on(recipe: str, model: nn.Module, name: str, images: int, batch_size: 
     Fashion-MNIST's, with which a small data set's weights would hardly leave their start.
     """
     own: dict[str, Any] = {"model": models.lend(name, model)}
-    known = FAIR.get(recipe.partition(",")[0])
+    kind = recipe.partition(",")[0]
+    if kind in RECIPES and kind not in FAIR:
+        raise KitError(f"recipe = {kind!r} goes on from no network: use one of {', '.join(FAIR)}")
+    known = FAIR.get(kind)
     if known is not None and known.values.get("ema"):
         own["ema"] = round(max(0.0, 1 - batch_size / images), 3)
     return f"{recipe},start={runs.own_start(model)}", own
@@ -79,7 +82,11 @@ def versions(
     """The network before; retrained with equal weights; by `recipe`, called `title`; with its output biases moved.
 
     The last takes no training: it is what the cheap remedy gives. `values` are those of `retrain`, for the other two.
+    A recipe or value that is not allowed is refused before anything is trained.
     """
+    for planned in ("uniform", recipe):
+        asked, own = going_on(planned, model, name, len(tensors.train), values.get("batch_size", 100))
+        configure(asked, tensors.name, seed, **own, **values)
     yield BEFORE, model
     yield CONTROL, retrain("uniform", model, name, tensors, place, seed, **values)
     yield title, retrain(recipe, model, name, tensors, place, seed, **values)

@@ -66,6 +66,8 @@ def find(path: Path, key: str = "") -> Weights:
     KitError
         No such file, one that is damaged, or that holds more than plain data: says what, and what to do.
     """
+    if path.is_dir():
+        raise KitError(f"{path} is a folder: name the file of weights in it, such as {path / 'weights.safetensors'}")
     content = _content(path)
     places = dict(_places(content))
     if key and key not in places:

@@ -56,7 +56,7 @@ def build() -> ctypes.CDLL:
     if not compiler:
         raise RuntimeError("there is no C++ compiler (c++ or g++) on the PATH")
     if unwanted := [flag for flag in compiler if flag.startswith((*CHANGING, *HIDING))]:
-        raise RuntimeError(f"{unwanted[0]} in CXX would, or may, change results: leave it out")
+        raise RuntimeError(f"{unwanted[0]} in CXX would change results, or bring flags that do: leave it out")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     command = [*compiler, *FLAGS, *TARGETS[capability]]
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(os.fsencode, command)])).hexdigest()[:16]
@@ -79,7 +79,7 @@ def _cache() -> Path:
     status, above = folder.lstat(), folder.parent.stat()
     if stat.S_ISLNK(status.st_mode) or not _is_ours(status):
         raise PermissionError(f"{folder} is a link, or belongs to somebody else")
-    if above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX:
+    if above.st_mode & 0o002 and not above.st_mode & stat.S_ISVTX:
         raise PermissionError(f"{folder.parent} can be written by others")
     if status.st_mode & 0o077:
         folder.chmod(0o700)

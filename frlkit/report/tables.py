@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,8 +216,22 @@ def rendered(records: Mapping[str, Records], kind: str = "text") -> str:
         table = summary(tidy(recipes))
         for measure in MEASURES:
             part = table.xs(measure, level=1).assign(seeds=[len(recipes[recipe]) for recipe in recipes])
-            blocks.append(f"{dataset}, {measure}, errors in %, mean ± sd over seeds\n{part.to_string()}\n")
+            blocks.append(f"{dataset}, {measure}, errors in %, mean ± sd over seeds\n{_folded(part).to_string()}\n")
     return "\n".join(blocks)
+
+
+def _folded(table: pd.DataFrame, width: int = 36) -> pd.DataFrame:
+    """A table whose rows' names are broken behind commas, into lines of about a width; the last has the numbers."""
+    rows: list[tuple[str, list[Any]]] = []
+    for name, values in zip(table.index, table.to_numpy().tolist(), strict=True):
+        line = ""
+        for part in re.findall(r"[^,]+,?", str(name)):
+            if line and len(line) + len(part) > width:
+                rows.append((line, [""] * len(values)))
+                line = "  "
+            line += part
+        rows.append((line, values))
+    return pd.DataFrame([values for _, values in rows], [name.ljust(width) for name, _ in rows], table.columns)
 
 
 def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

@@ -28,6 +28,8 @@ Place = contextlib.AbstractContextManager[tuple[Engine, int]]  # an engine, and 
 
 def choose(backend: str, address: str, device: str, jobs: int | None, shares: int) -> Place:
     """What carries a sweep out; raises `KitError` where the command line's options do not go together."""
+    if backend != "local" and not address:
+        raise KitError(f"--backend {backend} needs its cluster's address: give --address HOST:PORT")
     if (backend == "local") == bool(address):
         raise KitError(f"--backend {backend} with --address {address!r} is not allowed: a cluster has one, local none")
     if backend == "local":

@@ -112,6 +112,10 @@ def plan(path: Path, root: Path) -> list[Run]:
 
     try:
         sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KitError(
+            f"the sweep {path} cannot be read ({error.strerror or error}): name a file, as in sweeps/"
+        ) from None
     except Exception as error:  # YAML's own readers of dates and numbers raise anything
         raise KitError(f"the sweep {path} cannot be read: {' '.join(str(error).split()) or 'it is nested'}") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("grid"), list) or not sweep["grid"]:
