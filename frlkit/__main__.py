@@ -122,6 +122,9 @@ def train(
             tensors = data.load(dataset, device=place)
         else:
             read = readings.read(start, dataset, device=place, **reading)
+            commands.said(read)
+            for doubt in read.doubts:
+                click.echo(f"doubtful: {doubt}", err=True)
             of = (read.reading["model"], len(read.data.train), batch_size)
             recipe, own = fairer.going_on(recipe, read.model, *of)
             tensors, configs = read.data, [configure(recipe, dataset, seed, **own, **values) for seed in seeds]

@@ -150,7 +150,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        model.eval().requires_grad_(False)
+        with contextlib.suppress(NotImplementedError):  # of torch.export's programs, which have no modes
+            model.eval()
+        for parameter in flags:
+            parameter.requires_grad_(False)
         yield
     finally:
         for module, training in modes.items():

@@ -131,10 +131,14 @@ def fairer(
     values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
     attack = Attack() if eps is None else Attack(eps, eps / 4)
     radius = {} if eps is None else {"eps_255": eps, "step_255": eps / 4, "measure_255": eps}
+    said(read)
     given = {"reading": read.reading, "known": read.doubts, "most": images, "command": _command()}
     asked = {"recipe": recipe, "title": names.title(recipe), "seed": seed, **values, **radius}
     found = retraining.versions(read.model, read.reading["model"], read.data, runs, **asked)
-    audits = [{"title": title, **measure(model, read.data, attack, **given)} for title, model in found]
+    audits = []
+    for title, model in found:
+        error = read.said_error if title == retraining.BEFORE else None  # the file's own word, of what is in it
+        audits.append({"title": title, **measure(model, read.data, attack, said_error=error, **given)})
     for sentence in card.comparison(audits)["says"]:
         click.echo(sentence)
     click.echo(f"written: {card.write(audits, output)}")
@@ -176,6 +180,12 @@ def _command() -> str:
     return shlex.join(["frlkit", *sys.argv[1:]])
 
 
+def said(read: Any) -> None:
+    """How a file of weights was understood, where there was a choice."""
+    if read.reading["tried"][1:]:
+        click.echo(f"read as {read.title}")
+
+
 def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """The audit that these options ask for, its table printed."""
     from frlkit import data
@@ -188,8 +198,7 @@ def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
     file = asked.pop("weights")
     device = data.pick_device(asked.pop("device"))
     read = readings.read(None if str(file) == "-" else file, device=device, **asked)
-    if read.reading["tried"][1:]:
-        click.echo(f"read as {read.title}")
+    said(read)
     about = {"reading": read.reading, "known": read.doubts, "said_error": read.said_error}
     found = measure(read.model, read.data, attack, command=_command(), **about, **parts)
     click.echo(f"{file} on {found['images']} test images of {found['dataset']}, errors in % under {attack}")
@@ -227,10 +236,10 @@ def certify(
     click.get_current_context().meta["resumes"] = out is not None
     if out is not None:
         disk.ready(out.parent)
-    if target.is_dir() and model_name:
-        raise KitError(f"--model {model_name} is for a file of weights: {target} says which network it is")
     if target.is_dir():
         model, config = runs.read_weights(target / runs.WEIGHTS)
+        if model_name not in (None, config["model"]):
+            raise KitError(f"--model {model_name} is not allowed here: {target} holds a {config['model']}")
         tensors = data.load(dataset or config["dataset"], device=place)
     else:
         read = readings.read(target, dataset or "fashion_mnist", model_name or "lenet5", device=place)
@@ -238,7 +247,7 @@ def certify(
     split = certification.first(tensors.test, images, balanced)
     record = certification.certify(model.to(split.labels.device), split, eps, steps=steps, seconds=seconds, path=out)
     click.echo(f"{target}: {len(split)} test images of {tensors.name} at {eps:g}/255, in %")
-    click.echo(certification.summary(record, tensors.class_names).to_string())
+    click.echo(certification.summary(record, tensors.class_names).to_string(na_rep="-"))
     bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)
     if bounded:
         click.echo(f"{record['seconds'] / bounded:.2f} s an image for its bounds")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -48,6 +49,22 @@ class Split:
         """The samples of an index or a mask (N,), in its order."""
         groups = None if self.groups is None else self.groups[index]
         return Split(self.images[index], self.labels[index], groups, self.classes)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """The index, (count,), of images drawn at random; one of each class that they miss takes another's place.
+
+        Raises `KitError` where there are fewer than classes.
+        """
+        classes = self.classes or int(self.labels.max()) + 1
+        if count < classes:
+            raise KitError(f"{count} images are fewer than the {classes} classes: their errors are undefined; use more")
+        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+        labels, drawn = self.labels[order].tolist(), list(range(min(count, len(self))))
+        for missed in sorted(set(labels) - {labels[place] for place in drawn}):
+            many = Counter(labels[place] for place in drawn)
+            spare = max(number for number, place in enumerate(drawn) if many[labels[place]] > 1)
+            drawn[spare] = labels.index(missed)
+        return order[drawn]
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,14 @@ class ResNet(nn.Module):
                 before = after
         self.blocks = nn.Sequential(*layers)
         self.last_bn = nn.BatchNorm2d(before) if self.preactivation else nn.Identity()
+        self.last_relu = self.preactivation
         self.linear = nn.Linear(before, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.image_shape)
         x = self.stem_bn(self.stem(images))
         x = self.last_bn(self.blocks(x if self.preactivation else x.relu()))
-        return self.linear((x.relu() if self.preactivation else x).mean((2, 3)))
+        return self.linear((x.relu() if self.last_relu else x).mean((2, 3)))
 
 
 def _convolution(before: int, after: int, stride: int = 1) -> nn.Conv2d:

@@ -46,7 +46,7 @@ class Job:
     name: str
     parameters: dict[str, Any]
     live: bool  # whether its data set is there
-    images: str = ""  # the data set's fingerprint, where it is
+    images: str = ""  # the fingerprint of a folder's
 
     def runs(self, root: str = "") -> Path | None:
         """Where the runs of its data set lie, its own or those under `root`; None where it has no data set."""
@@ -108,7 +108,7 @@ def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterat
         dataset = _profile(profile)["DATASET"]
     datasets, images = {dataset: True}, ""
     try:
-        images = data.load(dataset).fingerprint
+        images = loaded.fingerprint if (loaded := data.load(dataset)) and data.FOLDER in dataset else ""
     except data.DataUnavailableError as error:
         shipped = PROJECT / "checkpoints" / data.folder_name(dataset)
         if retrain or not shipped.exists():
@@ -120,13 +120,12 @@ def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterat
         for name, live in datasets.items() if "DATASET" in known else [(dataset, True)]:
             usual = PROFILES.get(name, "full")
             own = profile if profile and name == dataset else usual
-            job = source.stem
-            job += f"_{data.folder_name(name)}" if "DATASET" in known and name != "fashion_mnist" else ""
-            job += f"_{own}" if own != usual else ""
+            job = source.stem + (f"_{data.folder_name(name)}" if "DATASET" in known and name != "fashion_mnist" else "")
+            job += (own_name := f"_{own}" if own != usual else "")
             values = {**_profile(own), "DATASET": name, "FIGURES": _shown(output / job / "figures")}
-            trained = output / ("checkpoints" if own == usual else f"checkpoints_{own}")  # of other lengths
-            values |= {"RUNS": _shown(trained)} if retrain else {}
-            yield Job(source, job, {key: value for key, value in values.items() if key in known}, live, images)
+            values |= {"RUNS": _shown(output / ("checkpoints" + own_name))} if retrain else {}
+            given = {key: value for key, value in values.items() if key in known}
+            yield Job(source, job, given, live, images if "DATASET" in given else "")
 
 
 def _profile(name: str) -> dict[str, Any]:
@@ -146,11 +145,10 @@ def _shown(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """What a note says; nothing where it is missing or damaged, since running again does no harm."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _finished(job: Job, output: Path) -> dict[str, Any]:
@@ -214,8 +212,7 @@ def _seconds(jobs: Sequence[Job], output: Path) -> float | None:
 
 
 def _about(jobs: Sequence[Job], output: Path) -> str:
-    seconds = _seconds(jobs, output)
-    return "not timed yet" if seconds is None else f"about {took(seconds)}"
+    return "not timed yet" if (seconds := _seconds(jobs, output)) is None else f"about {took(seconds)}"
 
 
 class _Progress(io.TextIOBase):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training, watched
+from frlkit import data as data_of
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
 from frlkit.recipes import OWN, Config, FairConfig, described, spelled, start_of
@@ -128,6 +129,17 @@ def refuse_other_images(path: Path, found: Mapping[str, Any], data: Dataset) -> 
             f"{path} was made with other images of {data.name} than those that are there now: bring them back, or "
             "choose another folder for the runs, or delete that one"
         )
+
+
+def images_there(dataset: str) -> Dataset | None:
+    """The images of a folder; None for a known data set, and where the folder is not, as on a cluster's driver."""
+    place = data_of.root() / Path(dataset.removeprefix(data_of.FOLDER)).expanduser()
+    return _loaded(dataset) if dataset.startswith(data_of.FOLDER) and disk.exists(place) else None
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(dataset: str) -> Dataset:
+    return data_of.load(dataset)
 
 
 def _note_machine(made_by: list[dict[str, Any]], model: nn.Module, place: Path) -> None:

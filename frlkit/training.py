@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,21 +219,11 @@ def _next_multipliers(run: Progress, part: int) -> fairness.State:
 
 
 def _drawn(run: Progress, part: int) -> Split:
-    """Random validation images to estimate errors on; one of each class that they miss takes another's place.
-
-    Raises `KitError` where there are fewer than classes.
-    """
+    """Random validation images to estimate errors on, some of every class."""
     split, wanted, classes = run.data.validation, run.config.update_images, len(run.data.class_names)
     if wanted < classes:
         raise KitError(f"update_images = {wanted} is not allowed here: use {classes} or more, or 0 for all images")
-    generator = stream(run.config.seed, run.epoch, ESTIMATE, part)
-    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
-    labels, index = split.labels[order].tolist(), list(range(min(wanted, len(split))))
-    for missed in sorted(set(range(classes)) - {labels[place] for place in index}):
-        count = Counter(labels[place] for place in index)
-        spare = max(number for number, place in enumerate(index) if count[labels[place]] > 1)
-        index[spare] = labels.index(missed)
-    return split.take(order[index])
+    return split.take(split.draw(wanted, stream(run.config.seed, run.epoch, ESTIMATE, part)))
 
 
 def train_epoch(

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from click.testing import CliRunner
 from conftest import learnt, tiny_dataset
 from torch import Tensor, nn
 
-from frlkit import KitError, data, evaluation, models
+from frlkit import KitError, data, evaluation, models, runs
 from frlkit.__main__ import main
 from frlkit.attacks import pgd
-from frlkit.audit import RADII_255, audit, ladder, networks, read, readings
+from frlkit.audit import RADII_255, audit, doubts, ladder, networks, read, readings
 from frlkit.audit.weights import find
-from frlkit.data import Dataset
+from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack
 from frlkit.report import card, card_words
+
+
+class Detached(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.detach().flatten(1)[:, :10]
+
+
+class Tupled(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (images.flatten(1)[:, :10],)
+
+
+class Damaged(nn.Module):
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs / 0
+
 
 ATTACK = Attack(steps=5)
 
@@ -128,9 +147,141 @@ class TestNumbers:
         assert found["ladder"][-1]["rung"] == ladder.AUTOATTACK
         assert "not supported" in found["certified"]["not_supported"]
 
-    def test_a_class_that_is_not_among_the_images_is_named(self, sound: nn.Module, tiny: Dataset) -> None:
-        with pytest.raises(KitError, match=r"class '\d' has none of the 3 test images: .* audit more \(--images\)"):
+    def test_few_images_have_every_class(self, sound: nn.Module, tiny: Dataset) -> None:
+        found = audit(sound, tiny, Attack(1, 0.25, 1), most=11, curve=False)
+        assert found["images"] == 11 and min(found["labels_per_class"]) == 1
+        with pytest.raises(KitError, match="3 images are fewer than the 10 classes"):
             audit(sound, tiny, ATTACK, most=3)
+        none = replace(tiny, test=tiny.test.take(tiny.test.labels != 4))
+        with pytest.raises(KitError, match=r"class '4' has none of the \d+ test images: .* audit more \(--images\)"):
+            audit(sound, none, ATTACK)
+
+    @pytest.mark.parametrize(
+        ("network", "words"),
+        [
+            (nn.Sequential(nn.Flatten(), nn.Linear(1024, 2)), r"returns \(1, 2\) for one image of 1x32x32"),
+            (nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), "does not take images of 1x32x32"),
+            (nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).double(), "does not take images of 1x32x32"),
+            (Detached(), "returns logits without a gradient: leave no_grad and numpy out"),
+            (Tupled(), "returns tuple for one image"),
+            (nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), Damaged()), "returns NaN or infinite logits"),
+            ("lenet5", "an audit takes a torch.nn.Module and a frlkit.data.Dataset, not str and Dataset"),
+        ],
+        ids=["outputs", "size", "float64", "no gradient", "tuple", "NaN", "no module"],
+    )
+    def test_what_cannot_be_audited_is_one_sentence(self, network: Any, words: str, tiny: Dataset) -> None:
+        with pytest.raises(KitError, match=words):
+            audit(network, tiny, ATTACK)
+
+
+def image_folder(place: Path, channels: int, side: int) -> str:
+    """Two classes, dark and bright, eight images to train and eight to test; its data set's name."""
+    grey = np.concatenate([np.arange(20, 28), np.arange(220, 228)]).astype(np.uint8)
+    pixels = np.broadcast_to(grey[:, None, None, None], (16, side, side, channels)).copy()
+    labels = np.repeat([0, 1], 8)
+    np.savez(place / "two.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    return f"folder:{place / 'two.npz'}"
+
+
+class TestReadings:
+    """What images cannot tell apart is said; what a file says counts."""
+
+    def linear(self, place: Path, weight: float, bias: float) -> tuple[Path, str]:
+        """A file and a factory: one output falls with the mean pixel, the other rises."""
+        sign = torch.tensor([[-1.0], [1.0]])
+        torch.save({"1.weight": (weight * sign).repeat(1, 64) / 64, "1.bias": bias * sign[:, 0]}, place / "w.pt")
+        text = "import torch.nn as nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))\n"
+        (place / "net.py").write_text(text, encoding="utf-8")
+        return place / "w.pt", f"{place / 'net.py'}:net"
+
+    def test_two_readings_that_are_both_right(self, tmp_path: Path) -> None:
+        """The likelier one is kept, and the other named: neither errors nor losses tell."""
+        path, model = self.linear(tmp_path, 80.0, -30.0)
+        read = readings.read(path, image_folder(tmp_path, 1, 8), model, size=8, channels=1)
+        assert read.reading["mean"] is None
+        assert any("could as well be read as" in doubt for doubt in read.doubts)
+
+    def test_a_retrained_networks_own_normalisation_counts(self, tmp_path: Path) -> None:
+        """The weights of a run of one's own network have its mean and deviation in them."""
+        _, model = self.linear(tmp_path, 80.0, 0.0)
+        inner = networks.candidates(model, find(tmp_path / "w.pt"), 2)[0].module
+        prepared = networks.Prepared(inner, (0.5,), (0.25,))
+        path = tmp_path / "weights.safetensors"
+        runs.write_weights(path, prepared.state_dict(), {"model": f"own:{model}"}, 2)
+        read = readings.read(path, image_folder(tmp_path, 1, 8), model, size=8, channels=1)
+        assert (read.reading["mean"], read.reading["std"]) == ([0.5], [0.25])
+        again = {"mean": (0.5,), "std": (0.25,), "size": 8, "channels": 1}
+        assert readings.read(path, f"folder:{tmp_path / 'two.npz'}", model, **again).reading["mean"] == [0.5]
+        with pytest.raises(KitError, match="give one number, or one for each of 1 channels"):
+            readings.read(path, f"folder:{tmp_path / 'two.npz'}", model, **{**again, "mean": (0.5, 0.5)})
+
+    def test_torchvisions_by_a_name_that_is_the_kits_too(self, tmp_path: Path) -> None:
+        """Its counters of batch normalisation may be missing, and it is recognised without a name."""
+        torch.manual_seed(0)
+        state = torchvision.models.resnet18(num_classes=2).state_dict()
+        torch.save({key: v for key, v in state.items() if not key.endswith("num_batches_tracked")}, tmp_path / "r.pt")
+        for name in ("resnet18", ""):
+            (found,) = networks.candidates(name, find(tmp_path / "r.pt"), 2)
+            assert found.title == "torchvision's resnet18"
+
+    def test_a_factory_beside_its_helpers_and_with_a_parser(self, tmp_path: Path) -> None:
+        (tmp_path / "helper_of_it.py").write_text("SIZE = 64\n", encoding="utf-8")
+        code = (
+            "import argparse\nimport torch.nn as nn\nfrom helper_of_it import SIZE\n"
+            "parser = argparse.ArgumentParser()\nparser.add_argument('--lr')\nparser.parse_args()\n"
+            "def net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(SIZE, 2))\n"
+        )
+        (tmp_path / "net.py").write_text(code, encoding="utf-8")
+        before = list(sys.path), list(sys.argv)
+        (found,) = networks.candidates(f"{tmp_path / 'net.py'}:net", None, 2)
+        assert found.module[1].in_features == 64
+        (tmp_path / "net.py").write_text("import sys\nsys.exit('no GPU')\n", encoding="utf-8")
+        with pytest.raises(KitError, match=r"failed \(SystemExit: no GPU\): repair it"):
+            networks.candidates(f"{tmp_path / 'net.py'}:net", None, 2)
+        assert (list(sys.path), list(sys.argv)) == before
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("kind", ["script", "export"])
+    def test_a_program_that_is_trusted(self, kind: str, tmp_path: Path) -> None:
+        """What a file's refusal advises: load TorchScript or torch.export in a factory of one's own."""
+        path, model = self.linear(tmp_path, 80.0, -40.0)
+        plain = networks.candidates(model, find(path), 2)[0].module.eval()
+        name, x = image_folder(tmp_path, 1, 8), torch.rand(2, 1, 8, 8)
+        if kind == "script":
+            torch.jit.save(torch.jit.trace(plain, x), tmp_path / "program.pt")
+            code = f"torch.jit.load({str(tmp_path / 'program.pt')!r})"
+        else:
+            shapes = ({0: torch.export.Dim("images", min=1, max=4096)},)
+            torch.export.save(torch.export.export(plain, (x,), dynamic_shapes=shapes), tmp_path / "program.pt2")
+            code = f"torch.export.load({str(tmp_path / 'program.pt2')!r}).module()"
+        (tmp_path / "load.py").write_text(f"import torch\ndef net():\n    return {code}\n", encoding="utf-8")
+        read = readings.read(None, name, f"{tmp_path / 'load.py'}:net", size=8, channels=1)
+        found = audit(read.model, read.data, ATTACK, curve=False)
+        assert found["natural"] == [0.0, 0.0]
+
+
+class TestUnbalanced:
+    """Where one class has nearly all images, or all of those that are looked at."""
+
+    def split(self, few: int, many: int) -> Split:
+        grey = torch.cat([torch.full((many,), 20), torch.full((few,), 220)]).to(torch.uint8)
+        labels = (torch.arange(many + few) >= many).long()
+        return Split(grey[:, None, None, None].expand(-1, 1, 8, 8), labels, classes=2)
+
+    @pytest.mark.parametrize(("few", "many"), [(3, 300), (10, 990), (3, 97), (1, 40)])
+    def test_a_perfect_network_is_not_doubted(self, few: int, many: int) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.tensor([[-1.0], [1.0]]) / 8)
+            model[1].bias.copy_(torch.tensor([4.0, -4.0]))
+        assert doubts.doubts(model, self.split(few, many)) == []
+
+    def test_one_that_always_says_the_same_is(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        with torch.no_grad():
+            model[1].weight.mul_(1e-3)
+            model[1].bias.copy_(torch.tensor([4.0, -4.0]))
+        assert "no better than guessing" in doubts.doubts(model, self.split(30, 300))[0]
 
 
 class TestLayouts:
@@ -140,14 +291,16 @@ class TestLayouts:
     def test_preact_resnet(self, last_bn: bool, tmp_path: Path) -> None:
         from test_audit_kinds import resnet_as_public
 
-        own = models.build("preact_resnet18_w16", seed=0)
-        if not last_bn:
-            own.last_bn = nn.Identity()
+        own = models.build("preact_resnet18_w16", seed=0).eval()
         public = resnet_as_public(last_bn)
         torch.save(dict(sorted(public.items())), tmp_path / "w.pt")  # order does not matter
         (network,) = networks.candidates("", find(tmp_path / "w.pt"), 10)
         x = torch.rand(2, 3, 32, 32)
-        assert torch.equal(network.module.eval()(x), own.eval()(x))
+        if last_bn:
+            expected = own(x)
+        else:  # the paper's code ends its blocks in the mean, without batch norm or ReLU between
+            expected = own.linear(own.blocks(own.stem(x)).mean((2, 3)))
+        torch.testing.assert_close(network.module.eval()(x), expected)
 
     def test_wide_resnet_as_trades_and_the_paper_have_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         wide = models.MODELS["wrn_28_10"]

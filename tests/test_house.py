@@ -15,8 +15,8 @@ from frlkit import PROJECT
 KIT = PROJECT / "frlkit"
 #: Bottom up; a module imports only from floors below its own, or, within a wing, from its wing.
 FLOORS = [
-    {"values", "disk", "origin", "options", "models"},
-    {"checkpoint", "distributed", "theory"},
+    {"values", "disk", "origin", "models"},
+    {"options", "checkpoint", "distributed", "theory"},
     {"kernels", "sources", "drive"},
     {"data"},
     {"attacks", "fairness"},

@@ -157,10 +157,10 @@ class TestCertified:
 
     def test_not_supported(self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ladder, "rungs", lambda eps: {"clean": None})
-        other, part = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), ladder.subset(tiny.test, 10, 10)
+        other, part = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.Sigmoid()), ladder.subset(tiny.test, 10, 10)
         ladder.climb(other, part, 8.0, tmp_path / "ladder.json")
         record = ladder.certify(other, part, tmp_path / "ladder.json")
-        assert "Sequential is not supported" in record["not_supported"]
+        assert "its Sigmoid is not, where it stands" in record["not_supported"]
         assert ladder.table(record, tiny.class_names).loc[ladder.CERTIFIED].tolist() == ["not supported"] * 10
 
     def test_refuses(self, model: nn.Module, tiny: Dataset, path: Path) -> None:

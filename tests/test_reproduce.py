@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -62,7 +63,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "profiles" / f"{name}.yaml").write_text(text, encoding="utf-8")
     monkeypatch.setattr(reproduce, "PROJECT", tmp_path)
     monkeypatch.setattr(reproduce, "NOTEBOOKS", folder)
-    monkeypatch.setattr(data, "load", lambda name: None)  # the small notebooks look at no image
+    monkeypatch.setattr(
+        data, "load", lambda name: SimpleNamespace(fingerprint="images")
+    )  # the small notebooks look at no image
     monkeypatch.setenv("FRLKIT_DATA", str(tmp_path / "data"))
     return tmp_path
 
@@ -130,7 +133,7 @@ def test_a_profile_sets_the_data_set_and_an_unknown_one_is_refused(elsewhere: Pa
 
 def test_what_differs_has_different_names(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(data, "load", lambda name: None)
+    monkeypatch.setattr(data, "load", lambda name: SimpleNamespace(fingerprint="images"))
     made: dict[str, Any] = {}
     studies = [(name, "") for name in (*data.READERS, "folder:mine")]
     studies += [("", path.stem) for path in (frlkit.PROJECT / "notebooks" / "profiles").glob("*.yaml")]

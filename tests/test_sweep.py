@@ -242,7 +242,7 @@ def test_changed_images_of_a_folder_are_no_finished_run(tmp_path: Path, monkeypa
     (run,) = sweeps.plan(path, tmp_path / "runs")
     assert run.done
     np.savez(tmp_path / "a.npz", **{**arrays, "x_train": grey[:16] + 1})
-    sweeps._loaded.cache_clear()
+    runs._loaded.cache_clear()
     with pytest.raises(KitError, match="was made with other images of folder:a.npz"):
         sweeps.plan(path, tmp_path / "runs")
     with pytest.raises(KitError, match="was made with other images of folder:a.npz"):

@@ -19,7 +19,7 @@ from frlkit import KitError, checkpoint, kernels, records, watched
 from frlkit.attacks import pgd
 from frlkit.audit import certify as certification
 from frlkit.audit import ladder as rungs
-from frlkit.audit.doubts import affordable, doubts
+from frlkit.audit.doubts import affordable, check, doubts
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import BATCH, Attack, batches, number_format, predict, predictions, stream, tally
 from frlkit.values import Share
@@ -127,9 +127,15 @@ def audit(
     KitError
         A class without an image, a network that does not fit, or a part that cannot be done.
     """
+    if not isinstance(images, Dataset) or not isinstance(model, nn.Module):
+        raise KitError(
+            f"an audit takes a torch.nn.Module and a frlkit.data.Dataset, not {type(model).__name__} and "
+            f"{type(images).__name__}: frlkit.data.load(NAME) gives one"
+        )
+    path = None if path is None else Path(path)
     began, attack, test, classes = time.perf_counter(), attack or Attack(), images.test, len(images.class_names)
     if most is not None and most < len(test):
-        test = test.take(torch.randperm(len(test), generator=stream(3))[:most].sort().values.to(test.labels.device))
+        test = test.take(test.draw(most, stream(3)).sort().values)
     counts = test.labels.bincount(minlength=classes)
     if not counts.all():
         raise KitError(
@@ -141,6 +147,7 @@ def audit(
         raise KitError(f"{images.name} has {classes} classes: AutoAttack's targeted losses need four or more")
     if further and path is None:
         raise KitError("a ladder and certificates are kept image by image: give a path (--output FOLDER)")
+    check(model, type(model).__name__, test)
     suspicious = [*known, *doubts(model, test, said_error)]
     for sentence in suspicious:
         print(f"doubtful: {sentence}", file=sys.stderr)

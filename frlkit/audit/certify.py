@@ -244,7 +244,7 @@ def bracket(
 
 
 def summary(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
-    """Images of each class that has any, and in %: verified, falsified, undecided; last the same over all images.
+    """Images of each class, and in % (NaN where it has none): verified, falsified, undecided; last of all images.
 
     The robust error lies between falsified and 100 % less verified. Raises `KitError` where the record is unfinished.
     """
@@ -254,7 +254,6 @@ def summary(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
     frame = frame.reindex(columns=VERDICTS, index=range(len(class_names)), fill_value=0)
     frame.columns.name = None
     frame.index = list(class_names)
-    frame = frame[frame.sum(axis=1) > 0]
     frame = pd.concat([frame, frame.sum().to_frame("all").T])  # a class may be called so too
     images = frame.sum(axis=1)
     shares = (100 * frame.div(images, axis=0)).round(1)

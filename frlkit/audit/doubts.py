@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from frlkit import watched
+from frlkit import KitError, watched
 from frlkit.attacks import evaluating, logits, objective, pgd
 from frlkit.data import Split
 from frlkit.evaluation import batches, predict, stream
+from frlkit.values import first_line
 
 IMAGES, LEAST = 500, 16  # at most, and at least
 WORK = 5e11  # floating-point operations for all attacks together: some 20 seconds on one core
@@ -31,6 +32,7 @@ def doubts(model: nn.Module, split: Split, said_error: float | None = None) -> l
     `said_error` is the natural error, a fraction, that the file of weights says it has.
     """
     order = torch.randperm(len(split), generator=stream(0)).to(split.labels.device)
+    classes = split.classes or int(split.labels.max()) + 1
     clean = order[: affordable(model, split, WORK, 1, LEAST, IMAGES)]
     passes = 2 * (STEPS * len(RADII_255) + 1) + 5  # a step costs two
     x, y = split.batch(order[: affordable(model, split, WORK, passes, LEAST, IMAGES)])
@@ -38,9 +40,34 @@ def doubts(model: nn.Module, split: Split, said_error: float | None = None) -> l
         found = [_natural_error(model, split.take(clean), said_error)]
         for check in (_probabilities, _vanishing_gradients, _labels_matter):
             bar.update()
-            found.append(check(model, x, y))
-        found += _growing_radii(model, x, y, bar)
+            found.append(check(model, x, y, classes))
+        found += _growing_radii(model, x, y, classes, bar)
     return [sentence for sentence in found if sentence]
+
+
+def check(module: nn.Module, title: str, split: Split) -> None:
+    """Refuse in a sentence a network that does not give an image finite logits, one a class, with gradients."""
+    x, _ = split.batch(slice(0, 1))
+    shape = "x".join(map(str, x.shape[1:]))
+    try:
+        with torch.enable_grad(), evaluating(module):
+            outputs = module(x.requires_grad_())
+    except Exception as error:  # a stranger's network can raise anything
+        raise KitError(
+            f"{title} does not take images of {shape} ({first_line(error)}): give --size and --channels"
+        ) from None
+    if not isinstance(outputs, Tensor) or outputs.shape != (1, split.classes):
+        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise KitError(
+            f"{title} returns {given} for one image of {shape}, and the data set has {split.classes} "
+            "classes: it must return one logit for each of them"
+        )
+    if not outputs.isfinite().all():
+        raise KitError(
+            f"{title} returns NaN or infinite logits for an image: its weights or its preprocessing are damaged"
+        )
+    if not outputs.requires_grad:
+        raise KitError(f"{title} returns logits without a gradient: leave no_grad and numpy out, or no attack can work")
 
 
 def affordable(model: nn.Module, split: Split, work: float, passes: int, least: int, most: int) -> int:
@@ -53,9 +80,9 @@ def affordable(model: nn.Module, split: Split, work: float, passes: int, least: 
 
 def _natural_error(model: nn.Module, split: Split, said: float | None) -> str:
     wrong = torch.cat([predict(model, split.batch(part)[0]) != split.labels[part] for part in batches(split, 50)])
-    error, images = wrong.double().mean().item(), len(split)
-    guess = 1 - split.labels.bincount().max().item() / images
-    if error > guess - 2 * math.sqrt(guess * (1 - guess) / images):
+    error, images, counts = wrong.double().mean().item(), len(split), split.labels.bincount()
+    guess = 1 - counts.max().item() / images
+    if error > guess - 2 * math.sqrt(guess * (1 - guess) / images) and _guesses(wrong, split.labels, counts):
         return (
             f"the natural error on {images} images, {error:.0%}, is no better than guessing ({guess:.0%}): the "
             "network, its preprocessing or its order of classes is another"
@@ -65,7 +92,18 @@ def _natural_error(model: nn.Module, split: Split, said: float | None) -> str:
     return ""
 
 
-def _probabilities(model: nn.Module, x: Tensor, y: Tensor) -> str:
+def _guesses(wrong: Tensor, labels: Tensor, counts: Tensor) -> bool:
+    """Whether the mean of the classes' errors is that of guessing too: where one class has nearly all images, the error
+    over images says little.
+    """
+    present = counts[counts > 0].double()
+    errors = torch.bincount(labels, wrong.double(), len(counts))[counts > 0] / present
+    guess = 1 - 1 / len(present)
+    deviation = (guess * (1 - guess) / present).sum().sqrt() / len(present)
+    return bool(errors.mean() > guess - 2 * deviation)
+
+
+def _probabilities(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> str:
     with torch.no_grad(), evaluating(model):
         outputs = logits(model, x)
     if bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones(len(x), device=x.device), atol=1e-4):
@@ -73,7 +111,7 @@ def _probabilities(model: nn.Module, x: Tensor, y: Tensor) -> str:
     return ""
 
 
-def _vanishing_gradients(model: nn.Module, x: Tensor, y: Tensor) -> str:
+def _vanishing_gradients(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> str:
     with torch.enable_grad(), evaluating(model):
         pixels = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(objective(logits(model, pixels), y, "ce").sum(), pixels, allow_unused=True)
@@ -83,9 +121,8 @@ def _vanishing_gradients(model: nn.Module, x: Tensor, y: Tensor) -> str:
     return ""
 
 
-def _labels_matter(model: nn.Module, x: Tensor, y: Tensor) -> str:
+def _labels_matter(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> str:
     """The error on labels drawn at random must be that of guessing."""
-    classes = int(y.max()) + 1
     drawn = torch.randint(0, classes, y.shape, generator=stream(1)).to(y.device)
     error, guess = (predict(model, x) != drawn).double().mean().item(), 1 - 1 / classes
     if abs(error - guess) > 5 * math.sqrt(guess * (1 - guess) / len(y)):
@@ -93,7 +130,7 @@ def _labels_matter(model: nn.Module, x: Tensor, y: Tensor) -> str:
     return ""
 
 
-def _growing_radii(model: nn.Module, x: Tensor, y: Tensor, bar: tqdm) -> list[str]:
+def _growing_radii(model: nn.Module, x: Tensor, y: Tensor, classes: int, bar: tqdm) -> list[str]:
     """Predictions repeat, attacks stay in their ball, errors grow with the radius, and no image survives all."""
     sentences, wrong = [], predict(model, x) != y
     errors = [wrong.double().mean().item()]
@@ -112,6 +149,6 @@ def _growing_radii(model: nn.Module, x: Tensor, y: Tensor, bar: tqdm) -> list[st
             sentences.append(
                 f"the error falls from {errors[-2]:.1%} to {errors[-1]:.1%} as the radius grows to {eps_255}/255"
             )
-    if errors[-1] < 0.9 * (1 - 1 / (int(y.max()) + 1)):
+    if errors[-1] < 0.9 * (1 - 1 / classes):
         sentences.append(f"at {RADII_255[-1]}/255 the error is only {errors[-1]:.0%}: gradients seem to be masked")
     return sentences

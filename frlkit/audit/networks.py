@@ -6,6 +6,7 @@ there are several: `frlkit.audit.readings` tells them apart.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frlkit import KitError, models
-from frlkit.audit.weights import UNUSED, Weights, fit
+from frlkit.audit.weights import COUNTER, UNUSED, Weights, fit
 from frlkit.values import first_line
 
 ACTIVATIONS = {"tanh": torch.tanh, "ReLU": torch.relu, "sigmoid": torch.sigmoid}
@@ -108,9 +109,14 @@ def candidates(name: str, weights: Weights | None, classes: int) -> list[Network
         return _recognised(weights, classes)
     if name == "lenet5":
         return list(_lenets(weights, classes))
-    if name in models.MODELS:
+    if name not in models.MODELS:
+        return [_torchvision(name, weights, classes)]
+    try:
         return [_kit(name, weights, classes)]
-    return [_torchvision(name, weights, classes)]
+    except KitError as error:  # the kit's ResNets have names of torchvision's, and other layers
+        with contextlib.suppress(KitError):
+            return [_torchvision(name, weights, classes)]
+        raise error from None
 
 
 def image_shape(name: str) -> tuple[int | None, int | None]:
@@ -132,7 +138,8 @@ def _recognised(weights: Weights, classes: int) -> list[Network]:
     for name in COMMON:
         with torch.device("meta"):
             wanted = torchvision.models.get_model(name, num_classes=classes).state_dict()
-        if all(name in weights.tensors and weights.tensors[name].shape == wanted[name].shape for name in wanted):
+        needed = {key: tensor.shape for key, tensor in wanted.items() if not key.endswith(COUNTER)}
+        if all(key in weights.tensors and weights.tensors[key].shape == shape for key, shape in needed.items()):
             return [_torchvision(name, weights, classes)]
     last = next(reversed(weights.tensors.values()), torch.empty(classes))
     if last.ndim in (1, 2) and len(last) != classes:
@@ -174,7 +181,8 @@ def _kit(name: str, weights: Weights, classes: int) -> Network:
         if preactivation and not any(key.startswith("last_bn.") for key in tensors):
             if not any(key.startswith("stem.") for key in tensors):
                 raise KitError(f"{weights.path} does not fit {title}: its layers have other names")
-            module.last_bn, title = nn.Identity(), f"{title}, without a last batch norm"
+            module.last_bn, module.last_relu = nn.Identity(), False  # as the paper's code, and that which it took over
+            title = f"{title}, without a last batch norm and ReLU"
     return Network(title, module, side, channels, 0, fit(module, weights))
 
 
@@ -215,25 +223,31 @@ def _torchvision(name: str, weights: Weights, classes: int) -> Network:
 def _own(name: str, weights: Weights | None, classes: int) -> Network:
     """What a user's own factory returns, ``factory(num_classes=…)`` where it takes that; its code is trusted."""
     place, _, attribute = name.rpartition(":")
+    words, sys.argv = sys.argv, sys.argv[:1]  # its own parser is not to read ours
     try:
         factory = getattr(_module(place), attribute)
         takes = "num_classes" in inspect.signature(factory).parameters
         module = factory(num_classes=classes) if takes else factory()
-    except Exception as error:  # it is the user's own code: anything
+    except (Exception, SystemExit) as error:  # it is the user's own code: anything
         raise KitError(f"model = {name!r} failed ({type(error).__name__}: {first_line(error)}): repair it") from None
+    finally:
+        sys.argv = words
     if not isinstance(module, nn.Module):
         raise KitError(f"model = {name!r} returns {type(module).__name__}: return a torch.nn.Module")
     return Network(name, module, normalises=fit(module, weights) if weights else False)
 
 
 def _module(place: str) -> Any:
-    """A Python module by name, from the working directory too, or by its file."""
-    if not place.endswith(".py"):
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            return importlib.import_module(place)
-        finally:
-            sys.path.pop(0)
+    """A Python module by name, from the working directory too, or by its file, which may import its neighbours."""
+    is_file, before = place.endswith(".py"), list(sys.path)
+    sys.path[:0] = [str(Path(place).resolve().parent), str(Path.cwd())] if is_file else [str(Path.cwd())]
+    try:
+        return _from_file(place) if is_file else importlib.import_module(place)
+    finally:
+        sys.path[:] = before
+
+
+def _from_file(place: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(place).stem, place)
     if spec is None or spec.loader is None:
         raise ImportError(f"{place} cannot be imported")

@@ -22,12 +22,11 @@ from tqdm.auto import tqdm
 from frlkit import KitError, data, models, watched
 from frlkit.attacks import logits
 from frlkit.audit import networks
-from frlkit.audit.doubts import affordable
+from frlkit.audit.doubts import affordable, check
 from frlkit.audit.networks import Network, Numbers, Prepared
 from frlkit.audit.weights import Weights, find
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import batches, stream
-from frlkit.values import first_line
 
 FEW, MANY = 200, 2000  # images that all readings, and the best of them, are compared on; fewer of a large network
 FINAL = 12  # how many are those
@@ -166,8 +165,11 @@ def _normalisations(
     network: Network, weights: Weights | None, asked: tuple[Numbers | None, Numbers | None], images: Dataset
 ) -> list[tuple[Numbers, Numbers]]:
     """What the network's images may have been normalised with; what the file or the user says, first."""
-    if network.normalises or (weights and weights.own):
+    if network.normalises or (weights and weights.own in models.MODELS):
         return [NONE]
+    channels = images.test.images.shape[1]
+    if asked[0] is not None and not {len(asked[0]), len(asked[1] or ())} <= {1, channels}:
+        raise KitError(f"mean = {asked[0]}, std = {asked[1]}: give one number, or one for each of {channels} channels")
     known = (weights.mean, weights.std) if weights else (None, None)
     found = [pair for pair in (asked, known) if None not in pair]
     if not found or asked[0] is not None:
@@ -193,6 +195,7 @@ class _Score:
 
     right: np.ndarray
     loss: np.ndarray
+    outputs: Tensor  # (N, C), divided by their mean size
 
     @property
     def error(self) -> float:
@@ -204,9 +207,14 @@ class _Score:
         return bool(gained - lost > max(least * len(self.right), sure * math.sqrt(gained + lost)))
 
     def less_likely(self, other: _Score) -> bool:
-        """Whether its loss is larger by a standard error of the difference."""
+        """Whether its loss is larger: by three standard errors of the difference, and enough to mean anything."""
         difference = self.loss - other.loss
-        return bool(difference.mean() > difference.std() / math.sqrt(len(difference)))
+        least = max(1e-3, 0.05 * self.loss.mean(), 3 * difference.std() / math.sqrt(len(difference)))
+        return bool(difference.mean() > least)
+
+    def same(self, other: _Score) -> bool:
+        """Whether it is the same function, but for a factor: attacks then find the same."""
+        return torch.allclose(self.outputs, other.outputs, rtol=0.01, atol=0.01)
 
 
 def _choose(
@@ -237,13 +245,11 @@ def _choose(
     loss = {number: more[number].loss.mean() for number in final}
     likeliest = min(close, key=loss.__getitem__)
     chosen = likeliest if more[close[0]].less_likely(more[likeliest]) else close[0]
-    if (
-        errors[lowest] > (1 - 1 / len(images(tries[0].network).class_names)) / 2
-    ):  # whatever it has learnt, it is not this
-        return tries[close[0]], errors, []
+    guess = 1 - 1 / len(images(tries[0].network).class_names)
+    if errors[lowest] > guess - 3 * math.sqrt(guess * (1 - guess) / len(more[lowest].right)):
+        return tries[close[0]], errors, []  # whatever it has learnt, it is not this
     for other in sorted({*close, best}, key=loss.__getitem__):
-        differ = np.abs(more[other].loss - more[chosen].loss).mean() > 1e-3
-        if differ and not more[other].less_likely(more[chosen]):
+        if not more[other].same(more[chosen]) and not more[other].less_likely(more[chosen]):
             doubt = f"the file could as well be read as {tries[other]} ({errors[other]:.1%} of clean images are wrong)"
             return tries[chosen], errors, [f"{doubt} as {tries[chosen]} ({errors[chosen]:.1%})"]
     return tries[chosen], errors, []
@@ -261,26 +267,13 @@ def _scores(tries: Sequence[Reading], images: Callable[[Network], Dataset], most
             outputs = torch.cat([logits(model, chosen.batch(rows)[0]) for rows in batches(chosen, 100)])
         losses = [F.cross_entropy(outputs * scale, y, reduction="none") for scale in SCALES]
         loss = min(losses, key=lambda values: values.mean().item())
-        found.append(_Score((outputs.argmax(1) == y).cpu().numpy(), loss.cpu().numpy()))
+        size = outputs.abs().mean().clamp(min=1e-12)
+        found.append(_Score((outputs.argmax(1) == y).cpu().numpy(), loss.cpu().numpy(), outputs / size))
     return found
 
 
 def _tested(reading: Reading, split: Split) -> nn.Module:
-    """A reading's network, after it has classified one image into the data set's classes; refuses it in a sentence."""
-    module = reading.module.to(split.labels.device).eval()
-    x, _ = split.batch(slice(0, 1))
-    shape = "x".join(map(str, x.shape[1:]))
-    try:
-        with torch.no_grad():
-            outputs = module(x)
-    except Exception as error:  # a stranger's network can raise anything
-        raise KitError(
-            f"{reading.network.title} does not take images of {shape} ({first_line(error)}): give --size and --channels"
-        ) from None
-    if not isinstance(outputs, Tensor) or outputs.shape != (1, split.classes):
-        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise KitError(
-            f"{reading.network.title} returns {given} for one image of {shape}, and the data set has {split.classes} "
-            "classes: it must return one logit for each of them"
-        )
+    """A reading's network, on its device, see `check`."""
+    module = reading.module.to(split.labels.device)
+    check(module, reading.network.title, split)
     return module

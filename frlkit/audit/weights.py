@@ -25,7 +25,7 @@ from frlkit import KitError, checkpoint, disk
 KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params", "module", "ema", "model_ema")
 #: What the public Wide ResNets (TRADES, and the paper's) register twice, or register and never run.
 UNUSED = ("layer_one.", "other_layers.", "sub_block1.")
-_COUNTER = "num_batches_tracked"  # of batch normalisation: no result depends on it, and older files have none
+COUNTER = "num_batches_tracked"  # of batch normalisation: no result depends on it, and older files have none
 _NORMALISE = {"mean": "std", "mu": "sigma", "_mean": "_std", "image_mean": "image_std", "pixel_mean": "pixel_std"}
 _ACCURACY = re.compile(r"((best|test|val|clean|nat(ural)?)_?)*(acc|accuracy|acc1|prec1|top1)(_?(best|test|val))?")
 #: What trainers put beside their tensors, and what torch.load lets through.
@@ -95,7 +95,7 @@ def fit(model: nn.Module, weights: Weights) -> bool:
     normalises by itself. Raises `KitError` where shapes or kinds differ (the first is named), or values are not finite.
     """
     wanted, path, kind = model.state_dict(), weights.path, type(model).__name__
-    counted = {name: target for name, target in wanted.items() if not name.endswith(_COUNTER)}
+    counted = {name: target for name, target in wanted.items() if not name.endswith(COUNTER)}
     whole = next((view for view in _views(weights.named) if set(_uncounted(view)) == set(counted)), None)
     source = weights.tensors if whole is None else whole
     tensors = _uncounted(source)
@@ -120,7 +120,7 @@ def fit(model: nn.Module, weights: Weights) -> bool:
 
 
 def _uncounted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
 
 
 def _in_order(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:

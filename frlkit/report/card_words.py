@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from frlkit.audit.ladder import CERTIFIED
 from frlkit.report import names
 
 
@@ -106,6 +105,9 @@ def _radii(audit: Mapping[str, Any], worst: int, easiest: int, called: Sequence[
         f"The larger the change an attacker may make, the more images fall: half of those of {called[worst]} "
         f"{half(worst)}, half of those of {called[easiest]} {half(easiest)}."
     )
+
+
+CERTIFIED = "certified"  # the ladder's last rung, which is no attack
 
 
 def _rungs(ladder: Sequence[Mapping[str, Any]], called: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,8 @@ def statistics(errors: pd.DataFrame) -> pd.DataFrame:
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:
     """`statistics` to read: mean ± sd with one decimal, and the worst class's interval."""
-    return _to_read(statistics(errors))
-
-
-def _to_read(found: pd.DataFrame) -> pd.DataFrame:
     rows = {}
-    for key, row in found.to_dict("index").items():
+    for key, row in statistics(errors).to_dict("index").items():
         rows[key] = {}
         for name in ("average", "average over images", "worst", "best"):
             if not math.isnan(row.get(name, math.nan)):
@@ -137,10 +133,9 @@ def _to_read(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def spread(errors: pd.DataFrame, measure: str, fixed: str) -> pd.DataFrame:
-    """How unevenly errors fall on classes, one row a recipe: `statistics.spread` as mean ± sd over seeds.
+    """How unevenly errors fall on classes, one row a recipe: `statistics.spread` as mean ± sd over seeds, in per cent.
 
-    Average, worst class of each seed, one `fixed` class in all seeds, mean of the two worst, sd over classes and range
-    in per cent; Gini coefficient of the errors, 0 to 1.
+    One `fixed` class is the same in all seeds; the Gini coefficient is from 0 to 1.
     """
     rows = {}
     for (recipe, found_measure), found, _, classes in _parts(errors):
@@ -163,7 +158,7 @@ def collect(paths: Sequence[Path]) -> dict[str, dict[str, list[dict[str, Any]]]]
             raise KitError(f"there are no finished runs in {path}: name a folder that train or sweep has written to")
         for file in dict.fromkeys(file.resolve() for file in files):
             record = read(file)
-            if not {"config", "natural", "attacks"} <= set(record):
+            if not {"config", "natural", "attacks"} <= set(record) or not {"dataset", "seed"} <= set(record["config"]):
                 raise KitError(f"{file} is no record of a run: name a folder that train or sweep has written to")
             recipe, config = file.parent.parent.name, record["config"]
             seeds = found.setdefault(config["dataset"], {}).setdefault(recipe, {})
@@ -199,10 +194,7 @@ def by_method(
 
 
 def rendered(records: Mapping[str, Records], kind: str = "text") -> str:
-    """`by_method` as text for a terminal (one block a data set and measure), as Markdown, or in numbers as CSV or JSON.
-
-    Raises `KitError` for another `kind` than those of `FORMATS`.
-    """
+    """`by_method` as text (a block a data set and measure), Markdown, CSV or JSON; `KitError` for another kind."""
     if kind not in FORMATS:
         raise KitError(f"format = {kind!r} is not allowed: use one of {', '.join(FORMATS)}")
     if kind in ("csv", "json"):
@@ -213,9 +205,9 @@ def rendered(records: Mapping[str, Records], kind: str = "text") -> str:
         return markdown(frame.columns, frame.to_numpy()) + "\n"
     blocks = []
     for dataset, recipes in records.items():
-        table = summary(tidy(recipes))
+        table, seeds = summary(tidy(recipes)), list(map(len, recipes.values()))
         for measure in MEASURES:
-            part = table.xs(measure, level=1).assign(seeds=[len(recipes[recipe]) for recipe in recipes])
+            part = table.xs(measure, level=1).assign(seeds=seeds)
             blocks.append(f"{dataset}, {measure}, errors in %, mean ± sd over seeds\n{_folded(part).to_string()}\n")
     return "\n".join(blocks)
 
@@ -224,14 +216,12 @@ def _folded(table: pd.DataFrame, width: int = 36) -> pd.DataFrame:
     """A table whose rows' names are broken behind commas, into lines of about a width; the last has the numbers."""
     rows: list[tuple[str, list[Any]]] = []
     for name, values in zip(table.index, table.to_numpy().tolist(), strict=True):
-        line = ""
-        for part in re.findall(r"[^,]+,?", str(name)):
-            if line and len(line) + len(part) > width:
-                rows.append((line, [""] * len(values)))
-                line = "  "
-            line += part
-        rows.append((line, values))
-    return pd.DataFrame([values for _, values in rows], [name.ljust(width) for name, _ in rows], table.columns)
+        *first, last = textwrap.wrap(
+            str(name).replace(",", ", "), width, subsequent_indent="  ", break_on_hyphens=False
+        )
+        rows += [*((line, [""] * len(values)) for line in first), (last, values)]
+    names = [name.replace(", ", ",").ljust(width) for name, _ in rows]
+    return pd.DataFrame([values for _, values in rows], names, table.columns)
 
 
 def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -283,9 +273,8 @@ def last_epoch(histories: Records) -> pd.DataFrame:
 
 def means(scored: pd.DataFrame) -> pd.DataFrame:
     """`scores`, or their differences, as mean ± sd over seeds: one row per recipe."""
-    return pd.DataFrame(
-        {recipe: part.apply(plus_minus) for recipe, part in scored.groupby(level="recipe", sort=False)}
-    ).T
+    found = scored.groupby(level="recipe", sort=False)
+    return pd.DataFrame({recipe: part.apply(plus_minus) for recipe, part in found}).T
 
 
 def against(scored: pd.DataFrame, control: str) -> pd.DataFrame:
@@ -307,4 +296,4 @@ def plus_minus(values: Sequence[float] | np.ndarray | pd.Series, decimals: int =
 
 
 def _plus_minus(mean: float, sd: float, decimals: int = 1) -> str:
-    return f"{mean:.{decimals}f}" if math.isnan(sd) else f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
+    return f"{mean:.{decimals}f}" + ("" if math.isnan(sd) else f" ± {sd:.{decimals}f}")

@@ -183,6 +183,8 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
     same = {record.get("data_sha256"), history.get("data_sha256")}
     if record["dataset"] != run.config.dataset or len(classes) > 1 or len(same) > 1:
         raise KitError("the worker's weights, record and history are not of one data set")
+    if not records.counted(record):
+        raise KitError("the worker's record has errors other than those of the images that it counts")
     if records.OUTCOMES in files and not kept:
         raise KitError("the worker's outcomes are of other weights than it sent")
     done = {Attack(**entry["attack"]) for entry in record["attacks"]}

@@ -32,7 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, data, disk, recipes, records, runs, took, watched
+from frlkit import KitError, checkpoint, disk, recipes, records, runs, took, watched
 from frlkit.evaluation import STANDARD, Attack
 from frlkit.recipes import Config, FairConfig
 from frlkit.values import to_text
@@ -81,21 +81,10 @@ class Run:
             return False
         record = records.read(path)
         checkpoint.refuse_other(path, record.get("config", {}), recipes.described(self.config))
-        if own := _folder(self.config.dataset):
+        if own := runs.images_there(self.config.dataset):
             runs.refuse_other_images(path, record, own.with_validation(self.config.validation))
         # a kill between two attacks leaves a record with the first
         return {Attack(**entry["attack"]) for entry in record["attacks"]} >= set(records.standard(self.config.dataset))
-
-
-def _folder(dataset: str) -> data.Dataset | None:
-    """The images of a folder; None for a known data set, and where the folder is not, as on a cluster's driver."""
-    there = dataset.startswith(data.FOLDER) and disk.exists(
-        data.root() / Path(dataset.removeprefix(data.FOLDER)).expanduser()
-    )
-    return _loaded(dataset) if there else None
-
-
-_loaded = functools.lru_cache(maxsize=1)(data.load)
 
 
 #: Carries runs out; yields each one's folder, what went wrong or nothing, and what it said on the way.
