@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from frlkit import KitError, data, evaluation, models, runs
 from frlkit.__main__ import main
 from frlkit.attacks import pgd
-from frlkit.audit import RADII_255, audit, doubts, ladder, networks, read, readings
+from frlkit.audit import RADII_255, audit, ladder, networks, read, readings
+from frlkit.audit.doubts import doubts
 from frlkit.audit.weights import find
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack
@@ -240,7 +241,7 @@ class TestReadings:
             networks.candidates(f"{tmp_path / 'net.py'}:net", None, 2)
         assert (list(sys.path), list(sys.argv)) == before
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("kind", ["script", "export"])
     def test_a_program_that_is_trusted(self, kind: str, tmp_path: Path) -> None:
         """What a file's refusal advises: load TorchScript or torch.export in a factory of one's own."""
@@ -274,14 +275,14 @@ class TestUnbalanced:
         with torch.no_grad():
             model[1].weight.copy_(torch.tensor([[-1.0], [1.0]]) / 8)
             model[1].bias.copy_(torch.tensor([4.0, -4.0]))
-        assert doubts.doubts(model, self.split(few, many)) == []
+        assert doubts(model, self.split(few, many)) == []
 
     def test_one_that_always_says_the_same_is(self) -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         with torch.no_grad():
             model[1].weight.mul_(1e-3)
             model[1].bias.copy_(torch.tensor([4.0, -4.0]))
-        assert "no better than guessing" in doubts.doubts(model, self.split(30, 300))[0]
+        assert "no better than guessing" in doubts(model, self.split(30, 300))[0]
 
 
 class TestLayouts:
@@ -296,10 +297,8 @@ class TestLayouts:
         torch.save(dict(sorted(public.items())), tmp_path / "w.pt")  # order does not matter
         (network,) = networks.candidates("", find(tmp_path / "w.pt"), 10)
         x = torch.rand(2, 3, 32, 32)
-        if last_bn:
-            expected = own(x)
-        else:  # the paper's code ends its blocks in the mean, without batch norm or ReLU between
-            expected = own.linear(own.blocks(own.stem(x)).mean((2, 3)))
+        # the paper's code ends its blocks in the mean, without batch norm or ReLU between
+        expected = own(x) if last_bn else own.linear(own.blocks(own.stem(x)).mean((2, 3)))
         torch.testing.assert_close(network.module.eval()(x), expected)
 
     def test_wide_resnet_as_trades_and_the_paper_have_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
