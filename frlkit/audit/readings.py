@@ -26,7 +26,7 @@ from frlkit.audit.doubts import affordable, check
 from frlkit.audit.networks import Network, Numbers, Prepared
 from frlkit.audit.weights import Weights, find
 from frlkit.data import Dataset, Split
-from frlkit.evaluation import batches, stream
+from frlkit.evaluation import Attack, batches, predictions, stream
 
 FEW, MANY = 200, 2000  # images that all readings, and the best of them, are compared on; fewer of a large network
 FINAL = 12  # how many are those
@@ -223,7 +223,7 @@ def _choose(
     """The best of the readings that were asked for, the error of each of all, and what is doubtful about the choice.
 
     Of those whose errors can hardly be told apart, the first, likeliest before any image was seen, gives way only to a
-    lower loss.
+    lower loss; where losses do not tell either, and attacks find something else, that is a doubt.
     """
     scores = _scores(tries, images, FEW)
     allowed = [number for number in range(len(tries)) if tries[number] in asked]
@@ -249,9 +249,16 @@ def _choose(
     if errors[lowest] > guess - 3 * math.sqrt(guess * (1 - guess) / len(more[lowest].right)):
         return tries[close[0]], errors, []  # whatever it has learnt, it is not this
     for other in sorted({*close, best}, key=loss.__getitem__):
-        if not more[other].same(more[chosen]) and not more[other].less_likely(more[chosen]):
-            doubt = f"the file could as well be read as {tries[other]} ({errors[other]:.1%} of clean images are wrong)"
-            return tries[chosen], errors, [f"{doubt} as {tries[chosen]} ({errors[chosen]:.1%})"]
+        if more[other].same(more[chosen]) or more[other].less_likely(more[chosen]):
+            continue
+        theirs, ours = (_fallen(tries[number], images) for number in (other, chosen))
+        differ = abs(theirs.sum() - ours.sum())
+        if differ > max(0.03 * len(ours), 2 * math.sqrt((theirs != ours).sum())):
+            doubt = (
+                f"the file could as well be read as {tries[other]} ({errors[other]:.1%} of clean images are wrong, and "
+            )
+            doubt += f"{theirs.mean():.0%} of {len(ours)} attacked) as {tries[chosen]} ({errors[chosen]:.1%}, "
+            return tries[chosen], errors, [f"{doubt}{ours.mean():.0%})"]
     return tries[chosen], errors, []
 
 
@@ -270,6 +277,16 @@ def _scores(tries: Sequence[Reading], images: Callable[[Network], Dataset], most
         size = outputs.abs().mean().clamp(min=1e-12)
         found.append(_Score((outputs.argmax(1) == y).cpu().numpy(), loss.cpu().numpy(), outputs / size))
     return found
+
+
+def _fallen(reading: Reading, images: Callable[[Network], Dataset]) -> np.ndarray:
+    """Which of the same few images are wrong clean or under a short attack: whether it matters how a file is read."""
+    split = images(reading.network).test
+    model = _tested(reading, split)
+    order = torch.randperm(len(split), generator=stream(0)).to(split.labels.device)
+    part = split.take(order[: affordable(model, split, WORK, 21, 20, FEW)])
+    labels, clean, attacked = predictions(model, part, Attack(steps=10))
+    return (clean != labels) | (attacked != labels)
 
 
 def _tested(reading: Reading, split: Split) -> nn.Module:
