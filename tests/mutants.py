@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant("starts in half the ball", "attacks.py", "noise.uniform_(-1, 1,", "noise.uniform_(0, 1,", ATTACKS),
     Mutant("the weakest restart is kept", "attacks.py", "score > best_score", "score < best_score", ATTACKS),
     Mutant("KL attack from the attacked", "attacks.py", 'if loss == "kl" else y\n', "if False else y\n", ATTACKS),
-    Mutant("attack in train mode", "attacks.py", "model.eval().requires_grad_", "model.requires_grad_", ATTACKS),
+    Mutant("attack in train mode", "attacks.py", "            model.eval()", "            model.train()", ATTACKS),
     Mutant("train mode is not restored", "attacks.py", "module.training = training", "pass", ATTACKS),
     Mutant("filters at the wrong offsets", "kernels/cells.py", "windows.flip(1, 2)", "windows", "test_cells.py"),
     Mutant("one stream for every key", "evaluation.py", "SeedSequence(keys)", "SeedSequence(keys[:1])", EVALUATION),

@@ -230,6 +230,18 @@ class TestReadings:
             (found,) = networks.candidates(name, find(tmp_path / "r.pt"), 2)
             assert found.title == "torchvision's resnet18"
 
+    def test_an_average_that_pytorch_keeps(self, tmp_path: Path) -> None:
+        """`AveragedModel` counts what it has averaged, in a tensor beside its module's."""
+        model = models.build("lenet5", seed=0)
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        averaged.update_parameters(model)
+        torch.save({"ema": averaged.state_dict()}, tmp_path / "ema.pt")
+        found = networks.candidates("", find(tmp_path / "ema.pt"), 10)[0].module
+        assert all(torch.equal(*pair) for pair in zip(found.parameters(), model.parameters(), strict=True))
+        torch.save({"epoch": 3}, tmp_path / "none.pt")
+        with pytest.raises(KitError, match=r"none\.pt holds no named tensors: save model.state_dict"):
+            networks.candidates("", find(tmp_path / "none.pt"), 10)
+
     def test_a_factory_beside_its_helpers_and_with_a_parser(self, tmp_path: Path) -> None:
         (tmp_path / "helper_of_it.py").write_text("SIZE = 64\n", encoding="utf-8")
         code = (

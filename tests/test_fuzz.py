@@ -285,7 +285,7 @@ class TestFiles:
 
     def test_any_plain_state_comes_back(self, path: Path) -> None:
         @fuzz
-        @given(st.dictionaries(TEXTS, VALUES, max_size=4))
+        @given(st.dictionaries(TEXTS.filter(lambda key: key != "digest"), VALUES, max_size=4))  # that key is the file's
         def check(content: dict[str, Any]) -> None:
             checkpoint.save(path, {**content, "config": CONFIG})
             assert checkpoint.digest(checkpoint.read(path)) == checkpoint.digest({**content, "config": CONFIG})

@@ -128,6 +128,8 @@ def image_shape(name: str) -> tuple[int | None, int | None]:
 
 
 def _recognised(weights: Weights, classes: int) -> list[Network]:
+    if not weights.tensors:
+        raise KitError(f"{weights.path} holds no named tensors: save model.state_dict()")
     for name in models.MODELS:
         try:
             return candidates(name, weights, classes)

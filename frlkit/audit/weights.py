@@ -73,7 +73,8 @@ def find(path: Path, key: str = "") -> Weights:
     if key and key not in places:
         raise KitError(f"{path} has no weights under {key!r}: use one of {', '.join(map(repr, places)) or 'no key'}")
     chosen = key or min(places, key=lambda place: (_rank(place), -len(places[place])), default="")
-    named = places.get(chosen, {})
+    # a number beside the network, such as the count that PyTorch's AveragedModel keeps, is none of its tensors
+    named = {key: v for key, v in places.get(chosen, {}).items() if v.ndim or "." in key or v.is_floating_point()}
     outer = _shared(named)
     tensors, front = _normalisation({name.removeprefix(outer): tensor for name, tensor in named.items()})
     inner = _shared(tensors)
