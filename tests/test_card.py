@@ -72,6 +72,15 @@ def full(**changed: Any) -> dict[str, Any]:
     return {**plain, "doubts": ["gradients seem to be masked", "<script>document.title = 'bad'</script>"]}
 
 
+def test_classes_that_err_alike() -> None:
+    """None is named as hardest or least hit."""
+    given = audit()
+    given |= {key: [0.0] * len(given["class_names"]) for key in ("natural", "robust", "boundary")}
+    said = card_words.sentences(given, card.summary(given))
+    assert "All classes are hit alike, 0.0 %." in said["headline"]
+    assert said["classes"] == "No class is hardest: all err alike under attack."
+
+
 class TestNumbers:
     def test_wilson_by_its_formula(self) -> None:
         """(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""

@@ -30,12 +30,13 @@ def sentences(audit: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, s
     called = [isolated(name) for name in audit["class_names"]]
     eps = f"{audit['attack']['eps_255']:g}/255"
     worst, easiest, spread = found["classes"][0], found["classes"][-1], found["spread"]
+    alike = worst["robust"] == easiest["robust"]
+    hit = f"{called[worst['number']]} is hit hardest, {percent(worst['robust'])}; {called[easiest['number']]} least, "
+    hit = f"All classes are hit alike, {percent(worst['robust'])}." if alike else f"{hit}{percent(easiest['robust'])}."
     says = {
         "headline": f"On the images as they are, {percent(spread['natural']['average'])} are misclassified (mean over "
-        f"classes); when every pixel may be changed by up to {eps}, {percent(spread['robust']['average'])}. "
-        f"{called[worst['number']]} is hit hardest, {percent(worst['robust'])}; {called[easiest['number']]} least, "
-        f"{percent(easiest['robust'])}.",
-        "classes": _established(audit, found, called),
+        f"classes); when every pixel may be changed by up to {eps}, {percent(spread['robust']['average'])}. {hit}",
+        "classes": "No class is hardest: all err alike under attack." if alike else _established(audit, found, called),
         "spread": _gap(spread),
         "confusion": _taken(found, called),
         "curve": _radii(audit, worst["number"], easiest["number"], called),
