@@ -24,7 +24,7 @@ from typing_extensions import NotRequired, TypedDict
 from frlkit import KitError, __version__, checkpoint, disk, kernels
 from frlkit.data import Dataset
 from frlkit.evaluation import STANDARD, Attack, ClassErrors, class_errors
-from frlkit.values import Share
+from frlkit.values import Share, plain
 
 OUTCOMES = "outcomes.npz"
 
@@ -72,26 +72,13 @@ def _same_classes(record: dict[str, Any]) -> dict[str, Any]:
         lists += [entry["robust"], entry["boundary"], entry["confusion"]]
     if any(len(values) != len(names) for values in lists):
         raise ValueError(f"its lists do not all have {len(names)} classes")
-    if len({" ".join(name.split()) for name in names}) < len(names):
+    if len(set(map(plain, names))) < len(names):
         raise ValueError("two of its classes have one name")
     if attacks and not {"natural", "class_counts"} <= set(record):
         raise ValueError("it has attacks, and no natural errors or counts of images")
     if not sum(record.get("training_counts", [1])):
         raise ValueError("it has no training images")
     return record
-
-
-def counted(record: Mapping[str, Any]) -> bool:
-    """Whether each attack's errors follow from the images it counts, and no class is right more often than clean."""
-    for entry in record["attacks"]:
-        table, counts, natural = entry["confusion"], record["class_counts"], np.array(record["natural"])
-        if any(len(row) < len(table) or sum(row) != count for row, count in zip(table, counts, strict=True)):
-            return False
-        robust = 1 - np.diagonal([row[: len(table)] for row in table]) / counts
-        said = np.array([entry["robust"], np.add(entry["boundary"], natural)])
-        if not np.allclose(said, robust, atol=1e-6) or (robust < natural - 1e-6).any():
-            return False
-    return True
 
 
 class _Record(TypedDict):

@@ -46,7 +46,7 @@ class Job:
     name: str
     parameters: dict[str, Any]
     live: bool  # whether its data set is there
-    images: str = ""  # the fingerprint of a folder's
+    images: str = ""  # their fingerprint, where they are there
 
     def runs(self, root: str = "") -> Path | None:
         """Where the runs of its data set lie, its own or those under `root`; None where it has no data set."""
@@ -108,7 +108,7 @@ def plan(dataset: str, output: Path, retrain: bool, profile: str = "") -> Iterat
         dataset = _profile(profile)["DATASET"]
     datasets, images = {dataset: True}, ""
     try:
-        images = loaded.fingerprint if (loaded := data.load(dataset)) and data.FOLDER in dataset else ""
+        images = data.load(dataset).fingerprint
     except data.DataUnavailableError as error:
         shipped = PROJECT / "checkpoints" / data.folder_name(dataset)
         if retrain or not shipped.exists():

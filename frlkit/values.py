@@ -127,6 +127,11 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) or not float(value).is_integer() else f"{int(value):,}"
 
 
+def plain(name: str) -> str:
+    """A class's or method's name on one line, whatever its folder was called."""
+    return " ".join(str(name).split())
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -23,7 +23,7 @@ from frlkit.audit import certify, ladder
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
 from frlkit.report import tables
-from frlkit.scale import sweeps
+from frlkit.scale import clusters, sweeps
 
 QUICK, OTHER = Attack(steps=2), Attack(eps_255=16.0, steps=2)
 ERRORS = {"robust": [0.5, 0.25], "boundary": [0.25, 0.0], "confusion": [[2, 2], [1, 3]]}
@@ -144,8 +144,8 @@ def test_a_json_of_another_shape(tmp_path: Path, kind: str) -> None:
     ids=lambda change: str(change)[:60],
 )
 def test_errors_are_those_of_the_images_counted(change: dict[str, Any]) -> None:
-    assert records.counted(RECORD)
-    assert not records.counted({**RECORD, **change})
+    assert clusters.counted(RECORD)
+    assert not clusters.counted({**RECORD, **change})
 
 
 @pytest.mark.parametrize("which", ["record", "history"])

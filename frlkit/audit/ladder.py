@@ -110,7 +110,8 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
     for start in range(0, len(split), CHUNK):
         part = slice(start, start + CHUNK)
         if -1 in record["fell"][part]:
-            record["fell"][part] = _fell(model, *split.batch(part), eps_255, start).tolist()
+            with evaluation.number_format("float32", split.labels.device):
+                record["fell"][part] = _fell(model, *split.batch(part), eps_255, start).tolist()
             record |= {"kernel": kernels.describe(model), "versions": _versions()}
             checkpoint.write_json(path, record)
     return record
@@ -139,8 +140,7 @@ def certify(model: nn.Module, split: Split, path: Path, *, steps: int = 0) -> di
     parts = [left[start : start + BOUNDED] for start in range(0, len(left), BOUNDED)]
     for part in tqdm(parts, desc="certify what stands", leave=False, delay=2, disable=not watched()):
         x, y = split.batch(torch.tensor(part, device=split.labels.device))
-        with evaluation.number_format("float32", x.device):
-            found = crown.margins(model, x, y, record["eps_255"] / 255, steps).amin(1) > 0
+        found = crown.margins(model, x, y, record["eps_255"] / 255, steps).amin(1) > 0
         for number, sure in zip(part, found.tolist(), strict=True):
             verified[number] = sure
         checkpoint.write_json(path, record)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from frlkit import KitError, interval
 from frlkit.attacks import evaluating
 from frlkit.audit.networks import LeNet, Prepared
+from frlkit.evaluation import number_format
 from frlkit.interval import Part
 
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53  # the largest relative rounding
@@ -90,7 +91,7 @@ def network(model: nn.Module, x: Tensor) -> tuple[Layer, ...]:
     exact = before(x.double()) if before else x.double()
     for layer in layers:
         exact = act(layer, F.conv2d(exact, layer.weight, layer.bias, padding=layer.padding))
-    with evaluating(model), torch.no_grad():
+    with number_format("float32", x.device), evaluating(model), torch.no_grad():  # what is bounded
         found = model(x).double()
     if not torch.allclose(found, exact.flatten(1), rtol=1e-3, atol=1e-3):
         raise _unsupported("it computes something else than its layers, perhaps in a hook or in other precision")

@@ -7,6 +7,7 @@ asked for, and is far worse than another, is refused: its robust error would mea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -247,17 +248,18 @@ def _choose(
     chosen = likeliest if more[close[0]].less_likely(more[likeliest]) else close[0]
     if errors[lowest] > 0.75 * (1 - 1 / len(images(tries[0].network).class_names)):
         return tries[close[0]], errors, []  # whatever it has learnt, it is not this
+    fallen = functools.cache(lambda number: _fallen(tries[number], images))
     for other in sorted({*close, best}, key=loss.__getitem__):
         if more[other].same(more[chosen]) or more[other].less_likely(more[chosen]):
             continue
-        theirs, ours = (_fallen(tries[number], images) for number in (other, chosen))
-        differ = abs(theirs.sum() - ours.sum())
-        if differ > max(0.03 * len(ours), 2 * math.sqrt((theirs != ours).sum())):
-            doubt = (
-                f"the file could as well be read as {tries[other]} ({errors[other]:.1%} of clean images are wrong, and "
-            )
-            doubt += f"{theirs.mean():.0%} of {len(ours)} attacked) as {tries[chosen]} ({errors[chosen]:.1%}, "
-            return tries[chosen], errors, [f"{doubt}{ours.mean():.0%})"]
+        theirs, ours = fallen(other), fallen(chosen)
+        if abs(theirs.sum() - ours.sum()) > max(0.03 * len(ours), 2 * math.sqrt((theirs != ours).sum())):
+            said = [
+                f"{tries[number]} ({errors[number]:.1%} of clean images are wrong, and {fell.mean():.0%} of "
+                f"{len(fell)} attacked)"
+                for number, fell in ((other, theirs), (chosen, ours))
+            ]
+            return tries[chosen], errors, [f"the file could as well be read as {said[0]} as {said[1]}"]
     return tries[chosen], errors, []
 
 

@@ -7,6 +7,7 @@ but empty numbers, and a verdict of "not tested".
 from __future__ import annotations
 
 from frlkit.recipes import RECIPES
+from frlkit.values import plain as plain  # for those who show names
 
 #: Title -> recipe.
 METHODS: dict[str, str] = {
@@ -158,11 +159,6 @@ def title(recipe: str) -> str:
     pairs = [field.partition("=") for field in fields]
     known = TITLES.get(edition(base), known)
     return ", ".join([known, *(f"{_FIELDS.get(k, k.replace('_', ' '))} {v}" for k, _, v in pairs)])
-
-
-def plain(name: str) -> str:
-    """A class's or method's name on one line, whatever its folder was called."""
-    return " ".join(str(name).split())
 
 
 def recipe(name: str) -> str:

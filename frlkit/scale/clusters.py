@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -183,7 +184,7 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
     same = {record.get("data_sha256"), history.get("data_sha256")}
     if record["dataset"] != run.config.dataset or len(classes) > 1 or len(same) > 1:
         raise KitError("the worker's weights, record and history are not of one data set")
-    if not records.counted(record):
+    if not counted(record):
         raise KitError("the worker's record has errors other than those of the images that it counts")
     if records.OUTCOMES in files and not kept:
         raise KitError("the worker's outcomes are of other weights than it sent")
@@ -195,6 +196,19 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
             if name in files:
                 checkpoint.write_atomically(run.folder / name, files[name])
         checkpoint.remove(run.folder / "checkpoint.pt")
+
+
+def counted(record: Mapping[str, Any]) -> bool:
+    """Whether each attack's errors follow from the images it counts, and no class is right more often than clean."""
+    for entry in record["attacks"]:
+        table, counts, natural = entry["confusion"], record["class_counts"], np.array(record["natural"])
+        if any(len(row) < len(table) or sum(row) != count for row, count in zip(table, counts, strict=True)):
+            return False
+        robust = 1 - np.diagonal([row[: len(table)] for row in table]) / counts
+        said = np.array([entry["robust"], np.add(entry["boundary"], natural)])
+        if not np.allclose(said, robust, atol=1e-6) or (robust < natural - 1e-6).any():
+            return False
+    return True
 
 
 def _outputs(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from frlkit import PROJECT, KitError
 from frlkit.sources.images import Item, first_line, listed
+from frlkit.values import plain
 
 PARTS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 PART_OF = {alias: part for part, aliases in PARTS.items() for alias in aliases}
@@ -109,8 +110,7 @@ def find(place: Path) -> Source:
 
 def _shown(name: str) -> str:
     """What a reader sees of a name: one form of each character, single spaces, nothing invisible."""
-    visible = "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf")
-    return " ".join(visible.split())
+    return plain("".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf"))
 
 
 def printable(name: str) -> bool:
