@@ -73,7 +73,7 @@ def run(config: Config, data: Dataset, place: Path) -> nn.Module:
     be written, and `training.TrainingDivergedError` where the loss or a weight is no longer finite.
     """
     own = data.with_validation(config.validation)
-    if distributed.from_main(lambda: _at_rest(place)):
+    if distributed.from_main(lambda: disk.exists(place / WEIGHTS) and at_rest(place)):
         return _finish(config, own, place)
     with disk.only_one(place) if distributed.is_main() else contextlib.nullcontext():
         if not distributed.from_main(lambda: _has_weights(place)):
@@ -81,8 +81,10 @@ def run(config: Config, data: Dataset, place: Path) -> nn.Module:
         return _finish(config, own, place)
 
 
-def _at_rest(place: Path) -> bool:
-    return all(disk.exists(place / name) for name in (WEIGHTS, "record.json")) and disk.at_rest(place)
+def at_rest(place: Path) -> bool:
+    """Whether a run is evaluated, nobody works in its folder, and no kill has left anything there."""
+    left = disk.exists(place / "checkpoint.pt") or disk.exists(checkpoint.previous(place / "checkpoint.pt"))
+    return disk.exists(place / "record.json") and disk.at_rest(place) and not left
 
 
 def _has_weights(place: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -228,6 +229,20 @@ class TestPlan:
             json.dumps({**record, "attacks": record["attacks"][:1]}), encoding="utf-8"
         )
         assert not run.done
+
+    @pytest.mark.parametrize(
+        "left", ["run.lock", "checkpoint.pt", "checkpoint.previous.pt", "record.json.0123abcd.tmp"]
+    )
+    def test_what_a_kill_after_the_last_attack_leaves_is_tidied_up(
+        self, serial: Path, tmp_path: Path, left: str
+    ) -> None:
+        shutil.copytree(serial, tmp_path / "runs")
+        planned = sweeps.plan(written(tmp_path, SHORT), tmp_path / "runs")
+        (planned[0].folder / left).touch()
+        assert [run.done for run in planned] == [False, True, True, True, True]
+        with clusters.local("cpu", jobs=1) as (engine, _):
+            assert sweeps.sweep(planned, engine) == {}
+        assert content(tmp_path / "runs") == content(serial)
 
 
 def test_changed_images_of_a_folder_are_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,12 +500,12 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(place: Path) -> dict[str, Any]:
-    """All that a sweep has made, but for the time it took: weights bit for bit."""
+    """All that a sweep has made, but for the time it took: weights bit for bit, by their digest."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in place.rglob("*") if path.is_file()):
         name = str(path.relative_to(place))
         if path.suffix != ".json":
-            found[name] = path.read_bytes()
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
             found[name] = json.loads(path.read_text(encoding="utf-8"))
             for epoch in found[name].get("epochs", []):

@@ -72,9 +72,8 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether it is finished.
-
-        Raises `KitError` where the folder's record is damaged, another run's, or of other images of a folder.
+        """Whether it is finished, and tidied up. Raises `KitError` where the folder's record is damaged, another run's,
+        or of other images of a folder.
         """
         path = self.folder / "record.json"
         if not any(disk.exists(self.folder / name) for name in (runs.WEIGHTS, "weights.pt")) or not disk.exists(path):
@@ -83,8 +82,9 @@ class Run:
         checkpoint.refuse_other(path, record.get("config", {}), recipes.described(self.config))
         if own := runs.images_there(self.config.dataset):
             runs.refuse_other_images(path, record, own.with_validation(self.config.validation))
-        # a kill between two attacks leaves a record with the first
-        return {Attack(**entry["attack"]) for entry in record["attacks"]} >= set(records.standard(self.config.dataset))
+        # a kill between two attacks leaves a record with the first, one after the last a lock or the checkpoints
+        attacks = {Attack(**entry["attack"]) for entry in record["attacks"]}
+        return attacks >= set(records.standard(self.config.dataset)) and runs.at_rest(self.folder)
 
 
 #: Carries runs out; yields each one's folder, what went wrong or nothing, and what it said on the way.
