@@ -51,6 +51,10 @@ class TestCommitted:
         (cell,) = cells(path, "claims")
         assert claims.from_notebook([cell])[0]["claims"]
 
+    def test_its_claims_are_read_at_a_glance(self, path: Path) -> None:
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if "claims.judge(" in cell.source]
+        assert all(len(source.splitlines()) <= 20 for source in cells)
+
 
 REFUSED = pytest.mark.parametrize(
     ("name", "value", "words"),
