@@ -1,10 +1,12 @@
-"""Twenty kinds of files and folders as people have them, built here: what the audit says of each stands in docs/."""
+"""Kinds of files and folders as people have them, built here: what the audit says of each stands in docs/."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,36 @@ KINDS: dict[str, Maker] = {
         p,
     ),
     "a network of 7 classes": lambda n, p, d: put(models.build("lenet5", 7).state_dict(), p),
+    "a list: the network's state, then the optimiser's": lambda n, p, d: put(
+        [names(n["tanh"], *USUAL), {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}], p
+    ),
+    "of PyTorch Lightning, a loss with weights beside the network": lambda n, p, d: put(
+        {
+            "state_dict": {f"model.{k}": v for k, v in names(n["tanh"], *USUAL).items()}
+            | {"criterion.weight": torch.ones(10), "val_acc.total": torch.tensor(3.0)},
+            "hyper_parameters": {"lr": 0.1},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9)}},
+        },
+        p,
+    ),
+    "of the library robustness: the network under two names, its own normalisation": lambda n, p, d: put(
+        {
+            "model": {
+                f"module.{way}{name}": tensor
+                for way in ("", "attacker.")
+                for name, tensor in (
+                    {"normalizer.new_mean": torch.tensor([[[0.5]]]), "normalizer.new_std": torch.tensor([[[0.5]]])}
+                    | {f"model.{k}": v for k, v in names(n["relu"], *USUAL).items()}
+                ).items()
+            },
+            "epoch": 3,
+        },
+        p,
+    ),
+    "safetensors that are called `.pt`": lambda n, p, d: saved(names(n["tanh"], *USUAL), p).rename(p / "weights.pt"),
+    "a `defaultdict` and a date beside the tensors": lambda n, p, d: put(
+        {"state_dict": n["tanh"].state_dict(), "log": defaultdict(list), "when": datetime.date(2026, 1, 1)}, p
+    ),
     "numpy scalars and a Namespace beside the tensors": lambda n, p, d: put(
         {"state_dict": n["tanh"].state_dict(), "acc": np.float64(97), "args": argparse.Namespace(lr=1)}, p
     ),

@@ -27,6 +27,9 @@ KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", 
 UNUSED = ("layer_one.", "other_layers.", "sub_block1.")
 COUNTER = "num_batches_tracked"  # of batch normalisation: no result depends on it, and older files have none
 _NORMALISE = {"mean": "std", "mu": "sigma", "_mean": "_std", "image_mean": "image_std", "pixel_mean": "pixel_std"}
+_NORMALISE |= {"new_mean": "new_std"}  # of the library robustness
+#: What a training program registers beside its network: a second name of it, a loss with weights, a counter of hits.
+_BESIDE = re.compile(r"(attacker|criterion|loss(_\w+)?|metrics?|\w+_(acc|accuracy|loss|metrics?))\.")
 _ACCURACY = re.compile(r"((best|test|val|clean|nat(ural)?)_?)*(acc|accuracy|acc1|prec1|top1)(_?(best|test|val))?")
 #: What trainers put beside their tensors, and what torch.load lets through.
 _DATA = (
@@ -35,7 +38,11 @@ _DATA = (
     "pathlib.",
     "types.SimpleNamespace",
     "_codecs.encode",
+    "collections.defaultdict",
+    "datetime.",
+    "omegaconf.",
 )
+_VALUES = {f"builtins.{kind}" for kind in ("list", "tuple", "dict", "set", "frozenset", "int", "float", "complex")}
 _PLAIN = ("torch._utils.", "collections.OrderedDict", "torch.nn.parameter.Parameter")
 
 
@@ -76,6 +83,7 @@ def find(path: Path, key: str = "") -> Weights:
     # a number beside the network, such as the count that PyTorch's AveragedModel keeps, is none of its tensors
     named = {key: v for key, v in places.get(chosen, {}).items() if v.ndim or "." in key or v.is_floating_point()}
     outer = _shared(named)
+    named = {key: v for key, v in named.items() if not _BESIDE.match(key.removeprefix(outer))} or named
     tensors, front = _normalisation({name.removeprefix(outer): tensor for name, tensor in named.items()})
     inner = _shared(tensors)
     tensors = {name.removeprefix(inner): tensor for name, tensor in tensors.items()}
@@ -142,7 +150,7 @@ def _views(named: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _content(path: Path) -> Any:
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         try:
             return checkpoint.load_plain(path)
         except disk.ReadError:
@@ -153,17 +161,28 @@ def _content(path: Path) -> Any:
             raise error from None
     try:
         return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise KitError(f"there is no file {path}: give the path of a file of weights") from None
     except OSError as error:
         raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged file can raise anything
         raise KitError(f"{path} is no whole file of safetensors ({error})") from None
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is of safetensors, whatever it is called: a length, then JSON. A damaged one by its name."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        raise KitError(f"there is no file {path}: give the path of a file of weights") from None
+    except OSError as error:
+        raise disk.not_read(path, error) from None
+    torch_wrote = head[:2] in (b"PK", b"\x80\x02")
+    return head[8:] == b"{" or (path.suffix == ".safetensors" and not torch_wrote)
+
+
 def _own(path: Path) -> str:
     """Which of the kit's networks a finished run's file holds, by its header; "" for any other file."""
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         return ""
     with safetensors.safe_open(path, framework="pt") as file:
         head = file.metadata() or {}
@@ -190,7 +209,7 @@ def _advice(path: Path) -> str:
     if not needed:
         return ""
     said = ", ".join(sorted(needed)[:4]) + (", …" if len(needed) > 4 else "")
-    if all(name.startswith(_DATA) for name in needed):
+    if all(name in _VALUES or name.startswith(_DATA) for name in needed):
         return f"it holds {said} beside them; if you trust it, load it (weights_only=False) and save its tensors alone"
     return f"it holds {said}, as a whole pickled model does: save model.state_dict() instead"
 
@@ -211,7 +230,9 @@ def _plain(tensor: Tensor) -> bool:
 
 def _places(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every mapping with named tensors in it that may be a network's weights, by the keys that lead there."""
-    if not isinstance(content, Mapping) or depth > 3:
+    if isinstance(content, (list, tuple)) and depth < 2:  # such as (model's, optimiser's)
+        content = {str(place): value for place, value in enumerate(content) if isinstance(value, Mapping)}
+    if not isinstance(content, Mapping) or depth > 5:
         return
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
     if tensors and not (depth and len(tensors) == 1):
