@@ -437,7 +437,8 @@ class TestArrays:
             ({"class_names": ["é", "e\u0301"]}, "class 'é' that no table can show"),
             ({"class_names": ["ant", "\u200b"]}, "that no table can show"),
             ({"x_train": np.array([{}] * 6)}, "a.npz cannot be read .Object arrays"),
-            ({"x_train": None}, "no images to train"),
+            ({"x_train": None}, "no images to train among its arrays .*y_train.*: use arrays x_train, y_train"),
+            ({"x_test": None}, "no images to test: use arrays x_train, y_train"),
             (
                 {"x_val": pixels(2, 9, 9), "y_val": [0, 1], "x_valid": pixels(2, 9, 9), "y_valid": [0, 1]},
                 "validation twice",

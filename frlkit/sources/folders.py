@@ -26,6 +26,7 @@ from frlkit.values import plain
 PARTS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 PART_OF = {alias: part for part, aliases in PARTS.items() for alias in aliases}
 LAYOUT = "use train/<class>/*, test/<class>/* and, if you like, val/<class>/*"
+ARRAYS = "use arrays x_train, y_train, x_test, y_test and, if you like, x_val, y_val and class_names"
 SYSTEM = ("__macosx", "thumbs.db", "desktop.ini")  # what systems leave behind, beside hidden files
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows these formats and cannot decode them alone
 
@@ -90,17 +91,18 @@ def find(place: Path) -> Source:
     Raises `KitError` where there is no such layout, and for class names that no table could show.
     """
     reader = _arrays if place.suffix == ".npz" else _arrow if (place / "dataset_dict.json").exists() else _folders
+    layout = ARRAYS if reader is _arrays else LAYOUT
     try:
         source = reader(place)
     except KitError:
         raise
     except Exception as error:  # whatever a stranger's file makes its reader raise
-        raise KitError(f"{place} cannot be read ({first_line(error)}): repair it, or {LAYOUT}") from None
+        raise KitError(f"{place} cannot be read ({first_line(error)}): repair it, or {layout}") from None
     if missing := [part for part in ("train", "test") if part not in source.parts]:
         hint = " (or rename val to test: validation images are then drawn from train)" * ("validation" in source.parts)
-        raise KitError(f"{place} has no images to {' and no images to '.join(missing)}: {LAYOUT}{hint}")
+        raise KitError(f"{place} has no images to {' and no images to '.join(missing)}: {layout}{hint}")
     if len(source.class_names) < 2:
-        raise KitError(f"{place} has {len(source.class_names)} classes: two or more are needed; {LAYOUT}")
+        raise KitError(f"{place} has {len(source.class_names)} classes: two or more are needed; {layout}")
     shown = Counter(map(_shown, source.class_names))
     for name in source.class_names:
         if shown[_shown(name)] > 1 or not _shown(name) or not printable(name):
@@ -215,6 +217,7 @@ def _arrays(place: Path) -> Source:
     """The arrays of an ``.npz``; without class_names the classes are the different labels."""
     with np.load(place, allow_pickle=False) as file:
         arrays = {key.lower(): file[key] for key in file.files}
+    there = listed(arrays)
     parts, names = {}, arrays.pop("class_names", None)
     for alias, part in PART_OF.items():
         for x, y in ((f"x_{alias}", f"y_{alias}"), (f"{alias}_images", f"{alias}_labels")):
@@ -222,7 +225,7 @@ def _arrays(place: Path) -> Source:
                 _once(place, part, parts)
                 parts[part] = (x, arrays.pop(x), arrays.pop(y).reshape(-1))
     if "train" not in parts:
-        return Source()
+        raise KitError(f"{place} has no images to train among its arrays ({there}): {ARRAYS}")
     values = np.unique(parts["train"][2]) if names is None else np.arange(len(names))
     source = Source(tuple(map(str, values if names is None else names)))
     for part, (key, pixels, labels) in parts.items():
