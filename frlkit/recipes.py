@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import types
 from collections.abc import Mapping
@@ -267,7 +268,9 @@ def _parts(recipe: str) -> tuple[str, Mapping[str, Any]]:
     """A recipe's name, and the fields varied in it."""
     name, *variations = recipe.split(",")
     if name not in RECIPES:
-        raise KitError(f"recipe = {name!r} is unknown: use one of {', '.join(RECIPES)}")
+        near = [r for r in RECIPES if len(name) > 3 and name in r] or difflib.get_close_matches(name, RECIPES, 3, 0.5)
+        hint = f"{', '.join(near)} or another" if near else "one"
+        raise KitError(f"recipe = {name!r} is unknown: use {hint} that `frlkit recipes` lists")
     known, varied = _fields(name), {}
     for variation in variations:
         key, _, text = variation.partition("=")

@@ -252,7 +252,7 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["fgsm"], "recipe = 'fgsm' is unknown: use one of natural, pgd_at_half, pgd_at, trades"),
+            (["fgsm"], "recipe = 'fgsm' is unknown: use n_fgsm or another that `frlkit recipes` lists"),
             (["natural", "--epochs", "0"], "epochs = 0"),
             (["natural", "--epochs", "many"], "'many' is not a valid integer"),
             (["natural", "--batch-size", "0"], "batch_size = 0"),

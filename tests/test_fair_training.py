@@ -137,7 +137,7 @@ class TestFairConfig:
             recipes.configure(f"uniform,{variation}", "digits", 0)
 
     def test_a_variation_of_an_unknown_recipe(self) -> None:
-        with pytest.raises(KitError, match="^recipe = 'unifrom' is unknown: use one of natural, .*, uniform, "):
+        with pytest.raises(KitError, match="^recipe = 'unifrom' is unknown: use uniform, .*frlkit recipes"):
             recipes.configure("unifrom,beta=6", "digits", 0)
 
 

@@ -153,7 +153,7 @@ class TestPlan:
             ("{grid: [{recipe: natural}], sed: 1}", "'sed' is no key of a sweep beside its grid: use grid, dataset"),
             ("grid: [natural]", "'natural' is no entry of a grid"),
             ("grid: [{seed: 1}]", "is no entry of a grid"),
-            ("grid: [{recipe: fgsm}]", "recipe = 'fgsm' is unknown: use one of natural"),
+            ("grid: [{recipe: fgsm}]", "recipe = 'fgsm' is unknown: use n_fgsm"),
             ("grid: [{recipe: 3}]", "recipe = '3' is unknown"),
             ("grid: [{recipe: natural, colour: red}]", "'colour' is no field of a run of natural: use method"),
             ("grid: [{recipe: natural, 7: red}]", "'7' is no field of a run of natural"),

@@ -151,7 +151,7 @@ class TestConfig:
             recipes.configure("natural", "digits", 0, epoch=3)
 
     def test_unknown_recipe(self) -> None:
-        with pytest.raises(KitError, match=r"'fgsm' is unknown: use one of natural, pgd_at_half, pgd_at, trades"):
+        with pytest.raises(KitError, match=r"'fgsm' is unknown: use n_fgsm "):
             recipes.configure("fgsm", "digits", 0)
 
     def test_recipes(self) -> None:
