@@ -193,6 +193,14 @@ class TestPartialCorrelation:
         assert re.fullmatch(r"PGD-AT: partial rho 1\.00, 3 seeds, 5 needed", short.says)
 
 
+def absent() -> rules.Question:
+    return rules.lower("reweight-natural", series())
+
+
+def unsure() -> rules.Question:
+    return rules.lower("reweight-natural", series(1.0, -1.0, 0.5, -0.5, 0.1))
+
+
 class TestHolm:
     def test_a_textbook_example(self) -> None:
         assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -211,15 +219,16 @@ class TestHolm:
 
     def test_more_claims_need_more_evidence(self) -> None:
         close = rules.lower("report-robust", series(-1.0, -2.5, -0.2, -1.5, -0.8))  # p 0.036
-        unsure = rules.lower("reweight-natural", series(1.0, -1.0, 0.5, -0.5, 0.1))
         assert claims.judge([close], FASHION)[0].verdict == "confirmed"
-        alone, *_ = claims.judge([close, unsure], FASHION)
+        alone, *_ = claims.judge([close, unsure()], FASHION)
         assert alone.verdict == "not established"
 
-    def test_what_is_not_tested_costs_nothing(self) -> None:
+    def test_what_is_not_tested_counts_already(self) -> None:
+        """Runs that are finished later can then not make another claim's evidence weaker."""
         close = rules.lower("report-robust", series(-1.0, -2.5, -0.2, -1.5, -0.8))
-        absent = rules.lower("reweight-natural", series())
-        assert [claim.verdict for claim in claims.judge([close, absent], FASHION)] == ["confirmed", "not tested"]
+        first = [claims.judge([close, later], FASHION)[0] for later in (absent(), unsure())]
+        assert [claim.verdict for claim in first] == ["not established"] * 2
+        assert first[0].evidence == first[1].evidence
 
 
 @pytest.mark.parametrize(
@@ -336,6 +345,14 @@ def test_p_values_are_exact_where_seeds_agree() -> None:
     assert statistics.p_beyond([1.0, 1.0], 0, "less") == 1
     assert statistics.p_beyond([0.0, 0.0], 0, "less") == statistics.p_beyond([0.0, 0.0], 0, "greater") == 1
     assert all(math.isnan(bound) for bound in statistics.mean_interval([1.0]))
+    assert all(math.isnan(bound) for bound in statistics.prediction([1.0]))
+
+
+def test_one_more_run_lies_in_its_interval_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (4000, 6))
+    bounds = [statistics.prediction(row[:5]) for row in draws]
+    inside = np.mean([low < row[5] < high for row, (low, high) in zip(draws, bounds, strict=True)])
+    assert inside == pytest.approx(0.95, abs=0.012)
     assert Comparison("x", 0.2, 0.1).p == 0.1
 
 

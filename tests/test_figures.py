@@ -121,6 +121,15 @@ def test_points_have_names_and_the_front_is_a_line(records: dict[str, Any]) -> N
     )
     front = mechanism.pareto(tables.scores(records), "robust average", "robust worst")
     assert len(figure.axes[0].lines[0].get_xdata()) == front["front"].sum()
+    for recipe, free in front["front"].items():
+        assert (mechanism.dominated(front, str(recipe)) == "dominated by none") == free
+
+
+def test_who_dominates_whom() -> None:
+    rows = {"pgd_at": (1.0, 5.0, False), "uniform": (1.0, 4.0, True), "trades": (2.0, 3.0, True)}
+    points = pd.DataFrame(rows, index=["average", "worst", "front"]).T
+    assert mechanism.dominated(points, "pgd_at") == "dominated by Control"
+    assert mechanism.dominated(points, "trades") == "dominated by none"
 
 
 def test_report_figure_three(records: dict[str, Any]) -> None:

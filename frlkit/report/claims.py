@@ -86,7 +86,7 @@ def judge(questions: Iterable[Question], about: Scope) -> list[Claim]:
     not in ``statements.yaml``.
     """
     asked = list(questions)
-    family = [c for question in asked for c in question.comparisons if c.tested and not about.why_not]
+    family = [c for question in asked for c in question.comparisons]  # untested ones too: theirs count as 1 till then
     adjusted = iter(statistics.holm([comparison.p for comparison in family]))
     found = []
     for question in asked:
@@ -94,7 +94,8 @@ def judge(questions: Iterable[Question], about: Scope) -> list[Claim]:
             raise KitError(f"claim {question.key!r} is unknown: write it into statements.yaml")
         verdicts, evidence = [], []
         for comparison in question.comparisons:
-            p = next(adjusted) if comparison.tested and not about.why_not else None
+            p = next(adjusted)
+            p = p if comparison.tested and not about.why_not else None
             verdicts.append(_verdict(comparison, p))
             evidence.append(comparison.says + ("" if p is None else f", p {_small(p)}"))
         verdict = together(verdicts)

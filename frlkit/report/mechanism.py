@@ -77,6 +77,13 @@ def pareto(scored: pd.DataFrame, average: str, worst: str) -> pd.DataFrame:
     return means.assign(front=statistics.front(means.to_numpy()))
 
 
+def dominated(points: pd.DataFrame, recipe: str) -> str:
+    """Which others are as low in all columns of `pareto` and lower in one, in words."""
+    values = points.drop(columns="front")
+    better = (values <= values.loc[recipe]).all(axis=1) & (values < values.loc[recipe]).any(axis=1)
+    return f"dominated by {', '.join(map(title, values.index[better]))}" if better.any() else "dominated by none"
+
+
 def violations(history: Mapping[str, Any], tau_nat: float = 0.05, tau_bdy: float = 0.07) -> pd.DataFrame:
     """Largest v(i) = R(f, i) - R(f) - tau over classes on the validation split, in points, epoch by epoch.
 

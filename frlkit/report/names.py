@@ -56,6 +56,7 @@ METHODS: dict[str, str] = {
     # the authors' code
     "Authors' control": "official_uniform",
     "Authors' Reweight": "official_reweight",
+    "Authors' natural multipliers alone": "official_remargin,alpha_margin=0",
     "Authors' Remargin": "official_remargin",
     "Authors' both": "official_both",
     # the report's code
@@ -70,10 +71,10 @@ METHODS: dict[str, str] = {
 #: What the shipped runs of the report's and the authors' recipes still are, until those at full length are finished:
 #: said in every notebook that reads them. ``sweeps/published.yaml`` trains the others; then this goes.
 EDITION = (
-    "The authors' and the report's recipes are read in the first edition's lengths: the authors' forty updates in "
-    "eight epochs; the report's recipes for eight epochs, from the whole-batch model, a tenth of the images set aside "
-    "and not a fifth, boundary errors of wrong predictions and not of changed ones, its weights estimated 27 times an "
-    "epoch and its radii four times. sweeps/published.yaml trains them as published."
+    "Where nothing else is said, the authors' and the report's recipes are read in the first edition's lengths: the "
+    "authors' forty updates in eight epochs; the report's recipes for eight epochs, from the whole-batch model, a "
+    "tenth of the images set aside and not a fifth, boundary errors of wrong predictions and not of changed ones, its "
+    "weights estimated 27 times an epoch and its radii four times. sweeps/published.yaml trains them as published."
 )
 REPORT_START = "PGD-AT"  # of the report's recipes in that edition; then "PGD-AT, half of each batch"
 _SHORT = {
@@ -113,7 +114,8 @@ CONTROLS: dict[str, str] = {
     "Certified Remargin": "Certified control",
     "Baseline reweight": "Baseline control",
     "Authors' Reweight": "Authors' control",
-    "Authors' Remargin": "Authors' control",
+    "Authors' natural multipliers alone": "Authors' control",
+    "Authors' Remargin": "Authors' natural multipliers alone",
     "Authors' both": "Authors' control",
     "Report's Reweight 1:1": "Report's control",
     "Report's Reweight 1:5": "Report's control",

@@ -175,6 +175,14 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]
     return float(found.mean() - half), float(found.mean() + half)
 
 
+def prediction(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """The t interval in which one more run's value lies; NaN for fewer than two values."""
+    found = np.asarray(values, dtype=float)
+    low, high = mean_interval(found, level)
+    wider = np.sqrt(len(found) + 1)  # of its own spread and that of the mean: s √(1 + 1/n) for s / √n
+    return float(found.mean() + wider * (low - found.mean())), float(found.mean() + wider * (high - found.mean()))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given: with k left, the smallest counts k times, and none before it more.
 
