@@ -125,8 +125,7 @@ def train(
             commands.said(read)
             for doubt in read.doubts:
                 click.echo(f"doubtful: {doubt}", err=True)
-            of = (read.reading["model"], len(read.data.train), batch_size)
-            recipe, own = fairer.going_on(recipe, read.model, *of)
+            recipe, own = fairer.going_on(recipe, read.model, read.reading["model"], read.data, batch_size)
             tensors, configs = read.data, [configure(recipe, dataset, seed, **own, **values) for seed in seeds]
         for config in configs:
             folder = place_of.folder(runs, recipe, config)

@@ -163,6 +163,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, C) of images (N, channels, side, side) in eval mode, without a graph; every module's mode is restored.
+
+    In training mode the images would enter the statistics of batch normalisation.
+    """
+    with evaluating(model):
+        return logits(model, x)
+
+
+@torch.no_grad()
 def _frozen_logits(model: nn.Module, x: Tensor) -> Tensor:
     return logits(model, x)
 

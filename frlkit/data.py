@@ -78,10 +78,14 @@ class Dataset:
     test: Split
     notes: tuple[str, ...] = ()
     share: float = 0.1  # of the training images, in the validation split
+    drawn: bool = True  # validation images are drawn from the training images, and are not a folder's own
 
     def with_validation(self, share: float) -> Dataset:
-        """This data set with another share of its training images set aside: itself where the share is the same."""
-        if share == self.share:
+        """This data set with another share of its training images set aside.
+
+        Itself where the share is the same, or the validation images are a folder's own.
+        """
+        if share == self.share or not self.drawn:
             return self
         both = (self.train, self.validation)
         images, labels = torch.cat([split.images for split in both]), torch.cat([split.labels for split in both])
@@ -156,14 +160,14 @@ def load(
     KitError
         Unknown name, files that are damaged, or a class without an image in one of the three splits.
     """
-    names, parts, pixels, notes = sources.read(name, validation, split_seed, size, channels, upright)
+    names, parts, pixels, notes, drawn = sources.read(name, validation, split_seed, size, channels, upright)
     for note in notes:
         print(f"{name}: {note}", file=sys.stderr)
     splits = []
     for part, view in zip(parts, pixels.split([len(part.items) for part in parts]), strict=True):
         groups = None if part.groups is None else part.groups.to(device)
         splits.append(Split(view.to(device), part.labels.to(device), groups, len(names)))
-    return Dataset(name, names, *splits, tuple(notes), validation)
+    return Dataset(name, names, *splits, tuple(notes), validation, drawn)
 
 
 def folder_name(name: str) -> str:

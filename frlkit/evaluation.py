@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from frlkit import KitError, watched
-from frlkit.attacks import LOSSES, evaluating, logits, pgd
+from frlkit.attacks import LOSSES, evaluating, logits, outputs, pgd
 from frlkit.data import Split
 from frlkit.models import SIZE
 from frlkit.values import Count, Pixels, Seed, checked
@@ -43,7 +43,8 @@ class Attack:
     def __str__(self) -> str:
         extra = f", {self.restarts} restarts" if self.restarts > 1 else ""
         loss = "" if self.loss == "ce" else f", {self.loss} loss"
-        return f"PGD-{self.steps} at {self.eps_255:g}/255, step {self.step_255:g}/255{extra}{loss}"
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"PGD-{self.steps} at {self.eps_255:g}/255, step {self.step_255:g}/255{extra}{loss}{seed}"
 
 
 #: What every finished run is measured with: the stated radius, and the report's actual one.
@@ -100,11 +101,9 @@ def number_format(precision: str, device: torch.device) -> Iterator[None]:
             switch.allow_tf32 = value
 
 
-@torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted classes (N,) of float images, in eval mode; the mode is restored."""
-    with evaluating(model):
-        return logits(model, images).argmax(1)
+    return outputs(model, images).argmax(1)
 
 
 def batches(split: Split, most: int | None = None) -> list[slice]:

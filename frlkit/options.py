@@ -48,9 +48,8 @@ class Group(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "frlkit").partition(".")[0] == "frlkit":
                 raise
-            raise click.ClickException(
-                f"this needs {error.name}, which is not installed: pip install 'frlkit[notebooks]'"
-            ) from None
+            what = "--no-deps torchattacks" if error.name == "torchattacks" else "'frlkit[notebooks]'"
+            raise click.ClickException(f"this needs {error.name}, which is not installed: pip install {what}") from None
         except KeyboardInterrupt:
             resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "fairer")
             resumes = context.meta.get("resumes", resumes)

@@ -248,7 +248,10 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     epochs = {"epochs": Config.epochs, **values, **varied}["epochs"]
     if kind is Config and "lr_every" in asked and isinstance(epochs, int):  # a shorter run has the same schedule
         asked = {**asked, "lr_every": max(1, round(asked["lr_every"] * epochs / 100))}
-    return kind(**{**asked, **RECIPES[name].values, **values, **varied, "dataset": dataset, "seed": seed})
+    made = {**asked, **RECIPES[name].values, **values, **varied, "dataset": dataset, "seed": seed}
+    if made.get("attacked", 1) != 1 and made["method"] not in ("pgd_at", "report_remargin"):
+        raise KitError(f"attacked = {made['attacked']} is not allowed with {name}: its loss attacks every image; use 1")
+    return kind(**made)
 
 
 def spelled(recipe: str) -> str:
@@ -269,7 +272,7 @@ def _parts(recipe: str) -> tuple[str, Mapping[str, Any]]:
     name, *variations = recipe.split(",")
     if name not in RECIPES:
         near = [r for r in RECIPES if len(name) > 3 and name in r] or difflib.get_close_matches(name, RECIPES, 3, 0.5)
-        hint = f"{', '.join(near)} or another" if near else "one"
+        hint = " or ".join([*near, "another" if near else "one"])
         raise KitError(f"recipe = {name!r} is unknown: use {hint} that `frlkit recipes` lists")
     known, varied = _fields(name), {}
     for variation in variations:
@@ -284,8 +287,7 @@ def _parts(recipe: str) -> tuple[str, Mapping[str, Any]]:
 
 def described(config: Config) -> dict[str, Any]:
     """A configuration as a run's files keep it."""
-    defaults = {field.name: field.default for field in fields(config)}
-    values = asdict(config)
+    defaults, values = {field.name: field.default for field in fields(config)}, asdict(config)
     return {name: values[name] for name in values if name not in LATER or values[name] != defaults[name]}
 
 

@@ -238,6 +238,7 @@ def corrected_bound(task: GaussianTask, eps: float) -> Pair:
     [W(s)/W(T)]·max{1, exp(½[z₊(T)² - z₊(s)²])·h(ln K)/h(W(T)|z₊(T)|)}, and 1 + min{z₊ of f_adv - z₊(s), 2|z₊(s)|} over
     W(s)·h(W(s)|z₊(s)|). Notebook 02 proves them. `KitError` outside these conditions.
     """
+    _need(task.K > 1 and task.prior == 0.5, "(K, prior)", (task.K, task.prior), "K > 1 and prior = 0.5")
     _need(task.m * (task.gamma / task.sigma) ** 2 >= math.log(task.K) / 2, "gamma", task.gamma, "m(γ/σ)² >= ½ ln K")
     _need(task.eta <= eps < task.gamma, "eps", eps, f"a radius from eta = {task.eta!r} to below gamma = {task.gamma!r}")
     (low, high), (kept_low, kept_high) = task.natural().scores(), replace(task, d=0).natural().scores()
@@ -254,8 +255,7 @@ def train(task: GaussianTask, eps: float, n: int, steps: int, seed: int, sharpne
     with the sigmoid 1/(1 + exp(k·t/(σ‖w‖₂))), a smooth count of errors. Writing w = u - v with u, v >= 0 makes ‖w‖₁
     smooth, so that weights can become exactly zero.
     """
-    x, y = task.sample(n, seed)
-    size = task.m + task.d
+    (x, y), size = task.sample(n, seed), task.m + task.d
     signed = y[:, None] * np.column_stack([x, np.ones(n)])
     unfold = np.hstack([np.eye(size + 1), -np.eye(size + 1, size)])  # (u, b, v) -> (w, b)
     price = np.r_[np.full(size, eps), 0.0, np.full(size, eps)]  # ε‖w‖₁ = price @ (u, b, v)

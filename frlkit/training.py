@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frlkit import KitError, distributed, evaluation, fairness, interval, models
-from frlkit.attacks import logits
+from frlkit.attacks import outputs
 from frlkit.data import Dataset, Split, augmented
 from frlkit.evaluation import STANDARD, Attack, stream
 from frlkit.losses import loss
@@ -144,7 +144,7 @@ def _refuse_nonfinite(run: Progress) -> None:
     split, said = run.data.validation, ""
     if name := models.nonfinite(run.result.state_dict()):
         said = f"{name} has weights"
-    elif not all(logits(run.result, split.batch(part)[0]).isfinite().all() for part in evaluation.batches(split)):
+    elif not all(outputs(run.result, split.batch(part)[0]).isfinite().all() for part in evaluation.batches(split)):
         said = "the network has outputs for validation images"
     if said:
         raise TrainingDivergedError(
@@ -188,8 +188,9 @@ def _move_head(run: Progress, before: fairness.State) -> tuple[int, float]:
         bias += moved.to(bias)
     else:
         weight *= moved.exp().to(weight)[:, None]
-    x, y = run.data.validation.batch(slice(None))
-    return len(run.data.train), F.cross_entropy(logits(run.model, x), y).item()
+    split = run.data.validation
+    z = torch.cat([outputs(run.model, split.batch(part)[0]) for part in evaluation.batches(split)])
+    return len(run.data.train), F.cross_entropy(z, split.labels).item()
 
 
 def _next_multipliers(run: Progress, part: int) -> fairness.State:

@@ -207,6 +207,17 @@ class TestReadings:
         path, model = self.linear(tmp_path, 400.0, -400 * 0.4)
         assert readings.read(path, f"folder:{tmp_path / 'two.npz'}", model, size=8, channels=1).doubts == []
 
+    @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18_w16"])
+    def test_the_network_stays_as_the_file_has_it(self, name: str, tmp_path: Path) -> None:
+        """Trying readings moves no statistic of batch normalisation."""
+        before = models.build(name, 2, seed=0).state_dict()
+        torch.save(before, tmp_path / "w.pt")
+        read = readings.read(tmp_path / "w.pt", image_folder(tmp_path, 3, 32), size=32)
+        tensors = list(read.model.state_dict().values())
+        assert len(tensors) >= len(before)
+        for tensor in before.values():
+            assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in tensors)
+
     def test_a_retrained_networks_own_normalisation_counts(self, tmp_path: Path) -> None:
         """The weights of a run of one's own network have its mean and deviation in them."""
         _, model = self.linear(tmp_path, 80.0, 0.0)

@@ -72,6 +72,12 @@ def full(**changed: Any) -> dict[str, Any]:
     return {**plain, "doubts": ["gradients seem to be masked", "<script>document.title = 'bad'</script>"]}
 
 
+def test_two_audits_of_one_title_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(KitError, match="title = 'net' is there twice: give each audit of a card a title of its own"):
+        card.write([audit(title="net"), audit(title="net")], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_classes_that_err_alike() -> None:
     """None is named as hardest or least hit."""
     given = audit()

@@ -212,6 +212,7 @@ class TestAttack:
     def test_in_words(self) -> None:
         assert str(Attack()) == "PGD-20 at 8/255, step 2/255"
         assert str(Attack(4.5, 1, 7, 3, "margin")) == "PGD-7 at 4.5/255, step 1/255, 3 restarts, margin loss"
+        assert str(Attack(seed=2)) == "PGD-20 at 8/255, step 2/255, seed 2"  # outcomes are kept under this name
 
     def test_the_standard(self) -> None:
         assert [(a.eps_255, a.step_255, a.steps, a.restarts, a.loss, a.seed) for a in evaluation.STANDARD] == [

@@ -137,7 +137,7 @@ class TestFairConfig:
             recipes.configure(f"uniform,{variation}", "digits", 0)
 
     def test_a_variation_of_an_unknown_recipe(self) -> None:
-        with pytest.raises(KitError, match="^recipe = 'unifrom' is unknown: use uniform, .*frlkit recipes"):
+        with pytest.raises(KitError, match="^recipe = 'unifrom' is unknown: use uniform or .*frlkit recipes"):
             recipes.configure("unifrom,beta=6", "digits", 0)
 
 
@@ -832,6 +832,12 @@ class TestChanged:
         (entry,) = history_of(place)["epochs"]
         assert entry["weights_nat"] == pytest.approx(fairness.class_weights(state.phi_nat).tolist())
         assert entry["weights_bdy"] == pytest.approx(fairness.class_weights(state.phi_bdy).tolist())
+
+
+@pytest.mark.parametrize("recipe", ["report_reweight,attacked=0.5", "uniform,attacked=0.5", "trades,attacked=0.2"])
+def test_losses_that_attack_every_image_say_so(recipe: str) -> None:
+    with pytest.raises(KitError, match=r"attacked = 0\.\d is not allowed with \w+: its loss attacks every"):
+        recipes.configure(recipe, "digits", 0)
 
 
 class TestIntercept:

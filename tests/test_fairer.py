@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from frlkit import KitError, checkpoint, models, recipes, runs, training
 from frlkit.__main__ import main
+from frlkit.attacks import outputs
 from frlkit.audit import fairer
 from frlkit.data import Dataset, Split
 
@@ -143,6 +144,33 @@ def test_whose_output_biases_can_be_moved(model: nn.Module, movable: bool, small
     assert fairer._ends_in_biases(model, small if isinstance(model, Net) else digits) is movable
     assert checkpoint.digest(dict(model.state_dict())) == before
     assert model.training
+
+
+@pytest.mark.parametrize("model", [Net(), Net(bias=False), Net(first=True)], ids=["last", "none", "first"])
+def test_output_biases_alone_move(model: Net, small: Dataset, tmp_path: Path) -> None:
+    """However the network is built: no other parameter does, nor a statistic of batch normalisation."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    after = fairer.retrain("intercept", model, "net", small, tmp_path, epochs=2)
+    state = {name.removeprefix("network."): value for name, value in after.state_dict().items()}
+    moved = {name for name in before if not torch.equal(before[name], state[name])}
+    assert moved <= {"body.4.bias"}
+    x, _ = small.test.batch(slice(None))
+    shift = outputs(after, x) - outputs(model, x)
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-5)
+    assert shift.abs().max() > 0
+
+
+@pytest.mark.parametrize("recipe", ["head_norms", "intercept,moved=norms"])
+def test_output_norms_that_cannot_be_told_are_refused(recipe: str, small: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(KitError, match="needs a network that ends in a linear layer with biases: use intercept"):
+        fairer.retrain(recipe, Net(first=True), "net", small, tmp_path)
+
+
+def test_the_radius_steers_every_version(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(runs, "run", lambda config, *_: made.append(config))
+    list(fairer.versions(Net(), "net", small, tmp_path, eps_255=4.0, step_255=1.0, measure_255=4.0))
+    assert [config.measure_255 for config in made] == [4.0] * 3
 
 
 def test_four_versions(small: Dataset, tmp_path: Path) -> None:

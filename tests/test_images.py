@@ -127,6 +127,7 @@ class TestFolder:
         found = data.load("folder:own", size=9, channels=1)
         assert found.class_counts == {"train": [1, 1], "validation": [1, 1], "test": [1, 1]}
         assert found.validation.images.unique().tolist() == [77]
+        assert found.with_validation(0.5) is found  # whatever share a recipe asks for
 
     def test_nested_folders_as_in_tiny_imagenet(self, root: Path) -> None:
         for number, name in enumerate(("n01", "n02")):

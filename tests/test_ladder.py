@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,18 @@ def test_a_linear_model_falls_where_arithmetic_says(tmp_path: Path) -> None:
     record = ladder.climb(Mean(), split, 8.0, tmp_path / "ladder.json")
     rungs = len(record["rungs"])
     assert record["fell"] == [rungs, 1, 1, 0, 0, 1, 1, rungs]
+
+
+def test_no_image_left_needs_no_torchattacks(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    monkeypatch.setattr(ladder, "_fell", lambda _, x, *__: torch.zeros(len(x), dtype=torch.int64))
+    split = ladder.subset(tiny.test, 10, 10)
+    record = ladder.climb(models.build("lenet5", seed=0), split, 8.0, tmp_path / "ladder.json")
+    assert record["fell"] == [0] * 10
+    assert "torchattacks" not in record["versions"]
 
 
 class TestCertified:

@@ -194,6 +194,10 @@ class TestPlan:
         [
             (["--jobs", "0"], "--jobs"),
             (["--shares", "0"], "--shares"),
+            (
+                ["--backend", "dask", "--address", "here:1", "--shares", "2"],
+                "--shares 2 is not allowed with",
+            ),
             (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
             (["--backend", "slurm"], "--backend"),
             (["--backend", "dask"], "--backend dask needs its cluster's address: give --address HOST:PORT"),

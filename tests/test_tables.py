@@ -70,6 +70,9 @@ class TestSigns:
         assert table.loc[("pgd_at", "PGD-20 12/255"), ["average", "average over images", "best"]].tolist() == (
             pytest.approx([65, 62.5, 60])
         )
+        records = {"gtsrb": {"pgd_at": [more]}}
+        assert "PGD-20 12/255, average" in tables.by_method(records)
+        assert all("PGD-20 12/255" in tables.rendered(records, kind).replace("\\/", "/") for kind in tables.FORMATS)
         both = tables.tidy({"pgd_at": [more], "natural": [self.SIGN]})
         assert set(both["measure"]) == set(tables.MEASURES)
 

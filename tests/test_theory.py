@@ -471,6 +471,14 @@ def test_a_logistic_model_can_reverse_the_claim() -> None:
     assert task.omega(0.8) > 3
 
 
+@pytest.mark.parametrize("change", [{"K": 1.0}, {"prior": 0.2}])
+def test_corrected_bound_has_corollary_1s_conditions(change: dict[str, float]) -> None:
+    with pytest.raises(KitError, match=r"\(K, prior\) = .* use K > 1 and prior = 0.5"):
+        theory.corrected_bound(
+            GaussianTask(**{"m": 20, "d": 50, "gamma": 1.0, "eta": 0.4, "sigma": 2.0, "K": 2.0} | change), 0.5
+        )
+
+
 def test_corrected_bound_is_where_it_should_be() -> None:
     for K in (5.0, 50.0, 300.0):
         task = GaussianTask(m=10, d=200, gamma=1.0, eta=0.4, sigma=1.0, K=K)

@@ -398,6 +398,17 @@ class TestAverage:
         assert last == {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
 
 
+def test_only_training_images_enter_the_statistics_of_batch_normalisation(tiny: Dataset) -> None:
+    """Not those on which weights are looked at after an epoch, nor those on which errors are measured."""
+    colour = {name: replace(part, images=part.images.repeat(1, 3, 1, 1)) for name, part in tiny.splits.items()}
+    config = Config("natural", "digits", epochs=2, batch_size=50, model="preact_resnet18_w16")
+    run = training.begin(config, replace(tiny, **colour), models.build("preact_resnet18_w16", seed=0))
+    for epoch, _ in enumerate(training.epochs(run), 1):
+        state = run.model.state_dict()
+        assert {state[name].item() for name in state if name.endswith("num_batches_tracked")} == {4 * epoch}
+        assert run.model.training
+
+
 @pytest.mark.usefixtures("unwatched")
 class TestRun:
     def test_weights_that_the_last_step_ruins_are_refused(self, digits: Dataset, tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def _search(
     """The form's bound over the ball when all pieces are positive or the time is over; and a misclassified image."""
     number = itertools.count()  # of two pieces alike, the older
     places, images = bounded(whole, pieces := [Piece(bound)])[1:]
+    if (wrong := misclassified(model, x, y, eps, images)) is not None:
+        return bound, wrong
     heap = [(pieces[0].bound, next(number), pieces[0], places[0])]
     closed = torch.inf
     while heap and time.monotonic() < until:

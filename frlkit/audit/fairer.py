@@ -6,7 +6,7 @@ their folder's name, so another file of weights is another run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from frlkit import KitError, models, runs
+from frlkit.attacks import outputs
 from frlkit.data import Dataset
 from frlkit.recipes import FAIR, RECIPES, configure
 
@@ -33,19 +34,27 @@ class Shifted(nn.Module):
         return self.network(images) + self.bias[0]
 
 
-def going_on(recipe: str, model: nn.Module, name: str, images: int, batch_size: int) -> tuple[str, dict[str, Any]]:
+def going_on(recipe: str, model: nn.Module, name: str, tensors: Dataset, batch_size: int) -> tuple[str, dict[str, Any]]:
     """A retraining recipe that goes on from a network as it stands, and the fields of its configuration for it.
 
-    Where the recipe averages weights, it does so over about one epoch of `images` training images: its own decay is
-    Fashion-MNIST's, with which a small data set's weights would hardly leave their start.
+    Where the recipe averages weights, it does so over about one epoch of the training images: its own decay is
+    Fashion-MNIST's, with which a small data set's weights would hardly leave their start. Output biases are moved
+    behind a network that does not end in its own (`Shifted`). Raises `KitError` for a recipe that starts from nothing,
+    or that tunes output norms which cannot be told.
     """
-    own: dict[str, Any] = {"model": models.lend(name, model)}
     kind = recipe.partition(",")[0]
     if kind in RECIPES and kind not in FAIR:
         raise KitError(f"recipe = {kind!r} goes on from no network: use one of {', '.join(FAIR)}")
-    known = FAIR.get(kind)
-    if known is not None and known.values.get("ema"):
-        own["ema"] = round(max(0.0, 1 - batch_size / images), 3)
+    known: Mapping[str, Any] = FAIR[kind].values if kind in FAIR else {}
+    if known.get("method") == "intercept" and not _ends_in_biases(model, tensors):
+        if "norms" in (known.get("moved"), recipe.rpartition("moved=")[2].partition(",")[0]):
+            raise KitError(
+                f"recipe = {recipe!r} needs a network that ends in a linear layer with biases: use intercept"
+            )
+        model = Shifted(model, len(tensors.class_names))
+    own: dict[str, Any] = {"model": models.lend(name, model)}
+    if known.get("ema"):
+        own["ema"] = round(max(0.0, 1 - batch_size / len(tensors.train)), 3)
     return f"{recipe},start={runs.own_start(model)}", own
 
 
@@ -64,7 +73,7 @@ def retrain(
 
     Raises `KitError` for a recipe that starts from nothing, and what `runs.run` raises.
     """
-    recipe, own = going_on(recipe, model, name, len(tensors.train), values.get("batch_size", 100))
+    recipe, own = going_on(recipe, model, name, tensors, values.get("batch_size", 100))
     config = configure(recipe, tensors.name, seed, **own, **values)
     return runs.run(config, tensors, runs.folder(place, recipe, config))
 
@@ -81,17 +90,18 @@ def versions(
 ) -> Iterator[tuple[str, nn.Module]]:
     """The network before; retrained with equal weights; by `recipe`, called `title`; with its output biases moved.
 
-    The last takes no training: it is what the cheap remedy gives. `values` are those of `retrain`, for the other two.
+    The last takes no training: it is what the cheap remedy gives. `values` are those of `retrain`, for the other two;
+    the radius at which errors are measured holds for all.
     A recipe or value that is not allowed is refused before anything is trained.
     """
     for planned in ("uniform", recipe):
-        asked, own = going_on(planned, model, name, len(tensors.train), values.get("batch_size", 100))
+        asked, own = going_on(planned, model, name, tensors, values.get("batch_size", 100))
         configure(asked, tensors.name, seed, **own, **values)
     yield BEFORE, model
     yield CONTROL, retrain("uniform", model, name, tensors, place, seed, **values)
     yield title, retrain(recipe, model, name, tensors, place, seed, **values)
-    movable = model if _ends_in_biases(model, tensors) else Shifted(model, len(tensors.class_names))
-    yield INTERCEPT, retrain("intercept", movable, name, tensors, place, seed)
+    steered = {field: value for field, value in values.items() if field == "measure_255"}
+    yield INTERCEPT, retrain("intercept", model, name, tensors, place, seed, **steered)
 
 
 @torch.no_grad()
@@ -101,13 +111,10 @@ def _ends_in_biases(model: nn.Module, tensors: Dataset) -> bool:
     if bias.shape != (classes,):
         return False
     x, _ = tensors.validation.batch(slice(0, 2))
-    kept, training = bias.clone(), model.training
-    model.eval()
+    kept, moved = bias.clone(), torch.arange(classes).to(bias)
     try:
-        before = model(x)
-        moved = torch.arange(classes).to(bias)
+        before = outputs(model, x)
         bias += moved
-        return bool(torch.allclose(model(x) - before, moved.expand_as(before), atol=1e-3))
+        return bool(torch.allclose(outputs(model, x) - before, moved.expand_as(before), atol=1e-3))
     finally:
         bias.copy_(kept)
-        model.train(training)

@@ -7,8 +7,10 @@ interrupted ladder goes on where it stood.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -215,6 +217,7 @@ class _Fast(nn.Module):
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {**records.versions(), "torchattacks": version("torchattacks")}
+    """The kit's, and torchattacks' where it is there: without it there is a ladder whose last rung nobody needed."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return {**records.versions(), "torchattacks": metadata.version("torchattacks")}
+    return records.versions()

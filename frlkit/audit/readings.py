@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from frlkit import KitError, data, models, watched
-from frlkit.attacks import logits
+from frlkit.attacks import outputs
 from frlkit.audit import networks
 from frlkit.audit.doubts import affordable, check
 from frlkit.audit.networks import Network, Numbers, Prepared
@@ -271,12 +271,11 @@ def _scores(tries: Sequence[Reading], images: Callable[[Network], Dataset], most
     for reading in tqdm(tries, desc="readings compared", leave=False, delay=2, disable=not watched()):
         chosen = images(reading.network).test.take(index)
         model, y = _tested(reading, chosen), chosen.labels
-        with torch.no_grad():
-            outputs = torch.cat([logits(model, chosen.batch(rows)[0]) for rows in batches(chosen, 100)])
-        losses = [F.cross_entropy(outputs * scale, y, reduction="none") for scale in SCALES]
+        z = torch.cat([outputs(model, chosen.batch(rows)[0]) for rows in batches(chosen, 100)])
+        losses = [F.cross_entropy(z * scale, y, reduction="none") for scale in SCALES]
         loss = min(losses, key=lambda values: values.mean().item())
-        size = outputs.abs().mean().clamp(min=1e-12)
-        found.append(_Score((outputs.argmax(1) == y).cpu().numpy(), loss.cpu().numpy(), outputs / size))
+        size = z.abs().mean().clamp(min=1e-12)
+        found.append(_Score((z.argmax(1) == y).cpu().numpy(), loss.cpu().numpy(), z / size))
     return found
 
 

@@ -53,7 +53,7 @@ def check(project: Path = PROJECT) -> list[str]:
 def _fresh(project: Path) -> dict[str, str]:
     """Every document as it should be."""
     made = {name: _TABLE.sub(_replacement, _read(project / name)) for name in DOCUMENTS}
-    return {**made, **({CARD: cards.card()} if (project / CARD).parent.exists() else {})}
+    return {**made, **({CARD: cards.card(project)} if (project / CARD).parent.exists() else {})}
 
 
 def _read(path: Path) -> str:

@@ -6,8 +6,6 @@ The report's figures (one run, no seeds) were read off its plots, to about 0.003
 
 from __future__ import annotations
 
-REPORT_SOURCE = "report, figure 1 (one run; PGD-20 at 16/255 on the first 3,000 test images)"
-
 #: Fashion-MNIST, LeNet-5: recipe -> class-wise natural error and robust error at 16/255.
 REPORT: dict[str, dict[str, tuple[float, ...]]] = {
     "natural": {
@@ -23,9 +21,8 @@ REPORT: dict[str, dict[str, tuple[float, ...]]] = {
 #: CIFAR-10 in the paper's text (PGD-AT, l-inf 8/255): errors in per cent of its easiest and its hardest class.
 PAPER_CIFAR10 = {"automobile": {"natural": 7.0, "robust": 33.0}, "cat": {"natural": 40.9, "robust": 82.6}}
 
-RERUN_SOURCE = "a rerun of the authors' code by others (1 run, 8 evaluations: mean and, where known, range)"
-
-#: CIFAR-10, PreAct-ResNet-18, errors in per cent: recipe -> `tables.scores` column -> what others found.
+#: CIFAR-10, PreAct-ResNet-18, errors in per cent: recipe -> `tables.scores` column -> what others found who ran the
+#: authors' code (1 run, 8 evaluations: mean and, where known, range).
 RERUNS = {
     "official_reweight": {
         "natural worst": "28.2 (26.6 to 30.2)",

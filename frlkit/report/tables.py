@@ -186,9 +186,10 @@ def by_method(
     """
     rows = []
     for dataset, recipes in records.items():
-        table = measured(tidy(recipes)).to_dict("index")
+        errors = tidy(recipes)
+        table, measures = measured(errors).to_dict("index"), errors["measure"].unique()
         for recipe, seeds in recipes.items():
-            cells = {f"{measure}, {k}": v for measure in MEASURES for k, v in table[recipe, measure].items()}
+            cells = {f"{measure}, {k}": v for measure in measures for k, v in table[recipe, measure].items()}
             rows.append({"dataset": dataset, "recipe": recipe, "seeds": len(seeds), **cells})
     return pd.DataFrame(rows)
 
@@ -206,7 +207,7 @@ def rendered(records: Mapping[str, Records], kind: str = "text") -> str:
     blocks = []
     for dataset, recipes in records.items():
         table, seeds = summary(tidy(recipes)), list(map(len, recipes.values()))
-        for measure in MEASURES:
+        for measure in table.index.unique(level=1):
             part = table.xs(measure, level=1).assign(seeds=seeds)
             blocks.append(f"{dataset}, {measure}, errors in %, mean ± sd over seeds\n{_folded(part).to_string()}\n")
     return "\n".join(blocks)

@@ -37,6 +37,8 @@ def choose(backend: str, address: str, device: str, jobs: int | None, shares: in
         return local(device, jobs, shares)
     if jobs:
         raise KitError(f"--jobs {jobs} is not allowed with --backend {backend}: the cluster has as many as it has")
+    if backend == "dask" and shares > 1:
+        raise KitError(f"--shares {shares} is not allowed with --backend dask: start a worker a share on each GPU")
     return cluster(backend, address, device, shares)
 
 

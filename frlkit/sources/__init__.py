@@ -20,8 +20,9 @@ FOLDER = "folder:"
 
 def read(
     name: str, share: float, seed: int, size: int | None, channels: int | None, upright: bool
-) -> tuple[tuple[str, ...], list[Part], Tensor, list[str]]:
-    """Class names; training, validation and test part; all pixels, uint8, in that order; notes (`data.load`)."""
+) -> tuple[tuple[str, ...], list[Part], Tensor, list[str], bool]:
+    """Class names; training, validation and test part; all pixels, uint8, in that order; notes (`data.load`); and
+    whether the validation part was drawn from the training images, and is not a folder's own."""
     check_name(name)
     if not 0 < share < 1:
         raise KitError(f"validation = {share!r}: use a share of the training images between 0 and 1, such as 0.1")
@@ -34,7 +35,8 @@ def read(
     size, channels = (size or source.form[0], source.form[1]) if source.form else (size, channels)
     items = [item for part in parts for item in part.items]
     pixels, notes = images.read(items, size=size, channels=channels, upright=upright, keep=source.keep)
-    return source.class_names, parts, pixels, [] if source.form else source.notes + notes
+    notes = [] if source.form else source.notes + notes
+    return source.class_names, parts, pixels, notes, "validation" not in source.parts
 
 
 def check_name(name: str) -> str:
