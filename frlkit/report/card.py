@@ -37,11 +37,11 @@ def write(audits: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     if not audits:
         raise KitError("a report card needs an audit: give a list of one or more")
     known = [{"title": names.plain(audit.get("title") or audit["reading"]["model"]), **audit} for audit in audits]
-    if twice := [title for title, count in Counter(audit["title"] for audit in known).items() if count > 1]:
-        raise KitError(f"title = {twice[0]!r} is there twice: give each audit of a card a title of its own")
     for audit in known[1:]:
         if other := [key for key in ("class_names", "labels_per_class", "attack") if audit[key] != known[0][key]]:
             raise KitError(f"{audit['title']} has another {other[0]} than {known[0]['title']}: audit both alike")
+    if twice := [title for title, count in Counter(audit["title"] for audit in known).items() if count > 1]:
+        raise KitError(f"title = {twice[0]!r} is there twice: give each audit of a card a title of its own")
     parts, files = [], {}
     for number, audit in enumerate(known):
         found = summary(audit)
