@@ -85,11 +85,11 @@ def address(url: str) -> None:
 @main.command(short_help="Train and evaluate a recipe, resuming what is there.")
 @click.argument("recipe", type=Choice(names_of("recipes", "RECIPES"), "RECIPE,FIELD=VALUE"), metavar="RECIPE")
 @click.option("--start", type=click.Path(path_type=Path), help="A retraining goes on from this file of weights.")
-@click.option("--model", default="", help="With --start: see frlkit audit, as for the next six.")
+@click.option("--model", default="", help="With --start, as are --mean to --key: see frlkit audit.")
 @commands.READING
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
 @click.option("--epochs", type=int, help="Default: the recipe's own.")
-@click.option("--batch-size", type=int, default=100, show_default=True)
+@click.option("--batch-size", type=int, default=100, show_default=True, help="Images in a batch.")
 @RUNS
 @DEVICE
 def train(
@@ -242,10 +242,13 @@ def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
         differences.append(100 * difference)
         click.echo(f"{differences[-1]:6.2f} points  {folder.parent.name}/{folder.name}")
     if not differences:
-        raise KitError(f"there are no finished runs of {dataset} under {runs}")
+        raise KitError(f"there are no finished runs of {dataset} under {runs}: train them, or name another --runs")
     click.echo(f"{len(differences)} runs recomputed; largest class-wise difference {max(differences):.2f} points")
     if not max(differences) <= tolerance:
-        raise KitError(f"a record differs by {max(differences):.2f} points: more than --tolerance {tolerance:g}")
+        raise KitError(
+            f"a record differs by {max(differences):.2f} points, more than --tolerance {tolerance:g}: delete that run "
+            "to make it anew, or allow more"
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def pgd(
     ----------
     model : network from images to logits (N, C)
     x : (N, channels, height, width), floats in [0, 1]
-    y : (N,), int64 labels; with ``loss="kl"`` only their number counts
+    y : (N,), int64 labels; with ``loss="kl"`` they are only checked
     eps, step_size : radius and step in [0, 1], a number or one value per sample, (N,)
     steps : number of steps, 0 or more
     random_start : True starts uniformly in the ball, a number such as 2/3 within that share of the radius, False at x,

@@ -1,4 +1,4 @@
-"""One atomic file after every epoch, and the three files of a finished run.
+"""One atomic file after every epoch, and the files of a finished run.
 
 A state is a nested dictionary of tensors, numbers, text and lists. It is written to a temporary file in the same
 folder, flushed to disk and renamed, and the generation before it is kept, so a crash at any moment leaves a whole

@@ -37,8 +37,8 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 READING = _options(
     DATA,
-    click.option("--mean", type=Numbers(), help="That images are normalised with. Default: found out."),
-    click.option("--std", type=Numbers(), help="Likewise."),
+    click.option("--mean", type=Numbers(), help="The mean that images are normalised with. Default: found out."),
+    click.option("--std", type=Numbers(), help="The standard deviation, likewise."),
     click.option("--size", type=int, help="Side of a folder's images. Default: the network's, or the smallest side."),
     click.option("--channels", type=int, help="1 or 3, of a folder's images. Default: the network's, or the files'."),
     click.option("--upright", is_flag=True, help="Turn photos as their EXIF data say; torchvision does not."),
@@ -47,9 +47,11 @@ READING = _options(
 ATTACK = _options(
     click.option("--eps", type=float, default=8, show_default=True, help="Radius of the attack, in 1/255."),
     click.option("--step-size", type=float, default=2, show_default=True, help="Step of the attack, in 1/255."),
-    click.option("--steps", type=int, default=20, show_default=True),
-    click.option("--restarts", type=int, default=1, show_default=True),
-    click.option("--loss", type=Choice(names_of("attacks", "LOSSES")), default="ce", show_default=True),
+    click.option("--steps", type=int, default=20, show_default=True, help="Steps of the attack."),
+    click.option("--restarts", type=int, default=1, show_default=True, help="Fresh starts; the worst one counts."),
+    click.option(
+        "--loss", type=Choice(names_of("attacks", "LOSSES")), default="ce", show_default=True, help="What it ascends."
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts."),
     click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON."),
     DEVICE,
@@ -103,8 +105,8 @@ def _card(found: dict[str, Any], output: Path) -> Path:
 @click.option("--recipe", default="algorithm1_both", show_default=True, help="A retraining recipe; fields may vary.")
 @click.option("--eps", type=float, help="Radius of training and of the attack, in 1/255. Default: the recipe's, and 8.")
 @click.option("--epochs", type=int, help="Of a retraining. Default: the recipe's own.")
-@click.option("--batch-size", type=int, default=100, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--batch-size", type=int, default=100, show_default=True, help="Images in a batch.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the retraining.")
 @click.option("--images", type=click.IntRange(1), help="Test images at most. Default: all.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A folder for the report card.")
 @RUNS
@@ -217,7 +219,7 @@ def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
 @click.option("--model", "model_name", help="For a file of weights, as audit's. Default: lenet5.")
 @click.option("--dataset", help="Default: the run's, or fashion_mnist.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@DEVICE
 def certify(
     target: Path, eps: float, images: int | None, balanced: bool, steps: int, seconds: float, out: Path | None,
     model_name: str | None, dataset: str | None, device: str,

@@ -126,9 +126,18 @@ def names_of(module: str, table: str) -> Callable[[], list[str]]:
 
 
 DATA = click.option(
-    "--dataset", type=Choice(names_of("data", "READERS"), "folder:PATH"), default="fashion_mnist", show_default=True
+    "--dataset",
+    type=Choice(names_of("data", "READERS"), "folder:PATH"),
+    default="fashion_mnist",
+    show_default=True,
+    help="A known data set, or a folder of your own images.",
 )
-DEVICE = click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
+DEVICE = click.option(
+    "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True, help="Where it computes."
+)
 RUNS = click.option(
-    "--runs", type=click.Path(path_type=Path), default=PROJECT / "checkpoints", help="Default: checkpoints/."
+    "--runs",
+    type=click.Path(path_type=Path),
+    default=PROJECT / "checkpoints",
+    help="Where runs lie. Default: checkpoints/.",
 )

@@ -344,7 +344,9 @@ class TestVerify:
         path.write_text(json.dumps(record), encoding="utf-8")
         result = call("verify", "--dataset", "digits", "--runs", made)
         assert result.exit_code == 1
-        assert result.stderr == "Error: a record differs by 20.00 points: more than --tolerance 0.5\n"
+        assert result.stderr == (
+            "Error: a record differs by 20.00 points, more than --tolerance 0.5: delete that run to make it anew, or allow more\n"
+        )
 
     def test_other_weights(self, made: Path) -> None:
         place = made / "digits" / "natural" / "seed0"

@@ -145,9 +145,6 @@ class TestCertified:
         assert ladder.read(path) == record
         *_, last, certified = ladder.errors(record).values()
         assert (certified >= last).all()
-        table = ladder.table(record, tiny.class_names)
-        assert list(table.index) == ["clean", "pgd", ladder.CERTIFIED]
-        assert table.loc[ladder.CERTIFIED].tolist() == pytest.approx((100 * certified).tolist())
         assert ladder.climb(model, part, 1.0, path) == record  # climbing again leaves it there
 
     def test_goes_on(self, model: nn.Module, tiny: Dataset, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +171,7 @@ class TestCertified:
         ladder.climb(other, part, 8.0, tmp_path / "ladder.json")
         record = ladder.certify(other, part, tmp_path / "ladder.json")
         assert "its Sigmoid is not, where it stands" in record["not_supported"]
-        assert ladder.table(record, tiny.class_names).loc[ladder.CERTIFIED].tolist() == ["not supported"] * 10
+        assert ladder.CERTIFIED not in ladder.errors(record)
 
     def test_refuses(self, model: nn.Module, tiny: Dataset, path: Path) -> None:
         with pytest.raises(KitError, match="belongs to another"):

@@ -84,15 +84,6 @@ class TestSigns:
         assert tables.note("signs", "a CNN", self.SIGN) == "signs, a CNN; 40 test images"
 
 
-def test_differences_pair_the_seeds() -> None:
-    changes = tables.against(tables.scores(RECORDS), "control")
-    assert list(changes.index) == [("method", 1), ("method", 0)]
-    assert changes.loc[("method", 0), "robust worst"] == pytest.approx(-10)
-    assert changes.loc[("method", 1), "robust worst"] == pytest.approx(-10)
-    assert changes.loc[("method", 0), "natural worst"] == pytest.approx(-20)
-    assert changes.loc[("method", 1), "natural worst"] == pytest.approx(0)
-
-
 def test_scores_of_nothing() -> None:
     scored = tables.scores({"control": []})
     assert scored.empty

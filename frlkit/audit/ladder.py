@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ def _whole(record: dict[str, Any]) -> dict[str, Any]:
     classes = labels[-1] + 1
     each = len(labels) // classes
     if not each or labels != [label for label in range(classes) for _ in range(each)]:
-        raise KitError("its labels are not class by class, equally many of each")
+        raise KitError("labels are not class by class, equally many of each: take the images by `ladder.subset`")
     if len(fell) != len(labels) or not all(-1 <= number <= len(rungs) for number in fell):
         raise KitError(f"fell is not one number from -1 to {len(rungs)} for each of {len(labels)} images")
     verified = record.get("verified", [None] * len(fell))
@@ -165,14 +163,6 @@ def errors(record: dict[str, Any]) -> dict[str, np.ndarray]:
         at_rungs[CERTIFIED] = ~np.array([bool(sure) for sure in record["verified"]])
     classes = range(labels.max() + 1)
     return {name: np.array([wrong[labels == label].mean() for label in classes]) for name, wrong in at_rungs.items()}
-
-
-def table(record: dict[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
-    """Errors in %, a row a rung and a column a class; beneath, the certified errors, or that they are not supported."""
-    rows = {name: (100 * found).round(1).tolist() for name, found in errors(record).items()}
-    if "not_supported" in record:
-        rows[CERTIFIED] = ["not supported"] * len(class_names)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(class_names))
 
 
 def _fell(model: nn.Module, x: Tensor, y: Tensor, eps_255: float, start: int) -> Tensor:

@@ -135,7 +135,7 @@ def _claim(key: str, evidence: list[str], verdict: str, about: Scope) -> Claim:
 def together(verdicts: Iterable[str]) -> str:
     """One verdict on a claim of several parts: "partly" where some confirm and others were tested and do not.
 
-    A part that was not tested leaves the claim untested, unless another refutes it.
+    A part that was not tested leaves the claim untested, unless another refutes it and none confirms.
     """
     found = set(verdicts)
     if len(found) == 1:

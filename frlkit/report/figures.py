@@ -95,7 +95,7 @@ def before_after(errors: pd.DataFrame, before: str, after: str, order: Sequence[
 
 
 def change_bars(changes: pd.DataFrame, note: str) -> Figure:
-    """`value_bars` of `tables.against`: changes in percentage points."""
+    """`value_bars` of changes, in percentage points."""
     return value_bars(changes, note, unit="change (points)")
 
 

@@ -69,11 +69,6 @@ def at_least(key: str, *values: pd.Series, limit: float, unit: str = "points") -
     return Question(key, tuple(_one_sided(value, limit, "greater", unit) for value in values))
 
 
-def no_effect(key: str, *changes: pd.Series, margin: float, unit: str = "points") -> Question:
-    """The claim that the means lie within ± `margin`: two one-sided tests (TOST), both at 95 %."""
-    return Question(key, tuple(_equivalent(change, margin, unit) for change in changes))
-
-
 def correlated(key: str, difficulty: pd.DataFrame, targets: Mapping[str, pd.DataFrame]) -> Question:
     """The claim that rank correlations over classes are positive, whichever class is left out.
 
@@ -135,16 +130,6 @@ def _one_sided(value: pd.Series, limit: float, side: str, unit: str) -> Comparis
     words = "at most" if side == "less" else "at least"
     says = f"{_said(value, unit)}, {words} {bound:.1f}, limit {limit:g}"
     return Comparison(says, statistics.p_beyond(value, limit, side), statistics.p_beyond(value, limit, other))
-
-
-def _equivalent(change: pd.Series, margin: float, unit: str) -> Comparison:
-    if missing := _too_few(change, unit):
-        return missing
-    inside = (statistics.p_beyond(change, margin, "less"), statistics.p_beyond(change, -margin, "greater"))
-    outside = (statistics.p_beyond(change, margin, "greater"), statistics.p_beyond(change, -margin, "less"))
-    low, high = statistics.mean_interval(change, 0.9)
-    says = f"{_said(change, unit)} [{low:.1f}, {high:.1f}], margin ± {margin:g}"
-    return Comparison(says, max(inside), min(1.0, 2 * min(outside)))
 
 
 def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Comparison:

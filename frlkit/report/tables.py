@@ -278,13 +278,6 @@ def means(scored: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({recipe: part.apply(plus_minus) for recipe, part in found}).T
 
 
-def against(scored: pd.DataFrame, control: str) -> pd.DataFrame:
-    """`scores` of every other recipe minus those of `control` with the same seed, in percentage points."""
-    others = scored.drop(index=control, level="recipe")
-    reference = scored.loc[control].reindex(others.index.get_level_values("seed"))
-    return others - reference.to_numpy()
-
-
 def gap(errors: pd.DataFrame, recipe: str, measure: str) -> pd.Series:
     """Worst class minus average over classes, in percentage points, seed by seed."""
     scores = classwise(errors, recipe, measure)
