@@ -345,7 +345,8 @@ class TestVerify:
         result = call("verify", "--dataset", "digits", "--runs", made)
         assert result.exit_code == 1
         assert result.stderr == (
-            "Error: a record differs by 20.00 points, more than --tolerance 0.5: delete that run to make it anew, or allow more\n"
+            "Error: a record differs by 20.00 points, more than --tolerance 0.5: "
+            "delete that run to make it anew, or allow more\n"
         )
 
     def test_other_weights(self, made: Path) -> None:
