@@ -57,7 +57,14 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation in train mode",
-        *("evaluation.py", "with evaluating(model):\n        return", "if True:\n        return", EVALUATION),
+        *("attacks.py", "with evaluating(model):\n        return", "if True:\n        return", EVALUATION),
+    ),
+    Mutant(
+        "weights looked at in train mode",
+        "training.py",
+        "all(outputs(run.result, split",
+        "all(run.result(split",
+        TRAINING,
     ),
     Mutant("average not subtracted", "fairness.py", "- subtract_average * errors.mean() -", "-", FAIRNESS),
     Mutant("tolerance without effect", "fairness.py", "errors.mean() - tau", "errors.mean()", FAIRNESS),
