@@ -60,7 +60,7 @@ MUTANTS = [
         *("attacks.py", "with evaluating(model):\n        return", "if True:\n        return", EVALUATION),
     ),
     Mutant(
-        "weights looked at in train mode",
+        "looked at in train mode",
         "training.py",
         "all(outputs(run.result, split",
         "all(run.result(split",
