@@ -76,7 +76,7 @@ def pgd(
     with evaluating(model):
         _check_labels(model, x, y)
         model = kernels.folded(model)
-        targets = _frozen_logits(model, x).softmax(1) if loss == "kl" else y
+        targets = outputs(model, x).softmax(1) if loss == "kl" else y
         best = best_score = None
         for _ in range(restarts):
             adversarial = _start(x, eps, random_start, generator).clamp(low, high)
@@ -88,7 +88,7 @@ def pgd(
                 adversarial = x.clone().index_put_((only,), adversarial)
             if restarts == 1:
                 return adversarial
-            score = objective(_frozen_logits(model, adversarial), targets, "margin" if loss == "ce" else loss)
+            score = objective(outputs(model, adversarial), targets, "margin" if loss == "ce" else loss)
             if best is None:
                 best, best_score = adversarial, score
             else:
@@ -172,11 +172,6 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         return logits(model, x)
 
 
-@torch.no_grad()
-def _frozen_logits(model: nn.Module, x: Tensor) -> Tensor:
-    return logits(model, x)
-
-
 def _column(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
@@ -212,7 +207,7 @@ def _check(
 
 
 def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    classes = _frozen_logits(model, x[:1]).shape[1]
+    classes = outputs(model, x[:1]).shape[1]
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise KitError(f"y has labels {y.min()} to {y.max()}: this network knows {classes} classes, 0 to {classes - 1}")
 

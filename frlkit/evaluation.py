@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from frlkit import KitError, watched
-from frlkit.attacks import LOSSES, evaluating, logits, outputs, pgd
+from frlkit.attacks import LOSSES, outputs, pgd
 from frlkit.data import Split
 from frlkit.models import SIZE
 from frlkit.values import Count, Pixels, Seed, checked
@@ -177,13 +177,11 @@ def predictions(
 
 
 @_in_float32
-@torch.no_grad()
 def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     """Mean probability of each class over the attacked images of each class, (C, C) float64: true by predicted."""
     sums: Tensor | float = 0.0
     for y, _, adversarial in _attacked(model, split, attack):
-        with evaluating(model):
-            probabilities = logits(model, adversarial).softmax(1).double().cpu()
+        probabilities = outputs(model, adversarial).softmax(1).double().cpu()
         sums = sums + F.one_hot(y.cpu(), probabilities.shape[1]).double().T @ probabilities
     return sums / sums.sum(1, keepdim=True)
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from frlkit import KitError, watched
-from frlkit.attacks import evaluating, logits, objective, pgd
+from frlkit.attacks import evaluating, logits, objective, outputs, pgd
 from frlkit.data import Split
 from frlkit.evaluation import batches, predict, stream
 from frlkit.values import first_line
@@ -51,22 +51,22 @@ def check(module: nn.Module, title: str, split: Split) -> None:
     shape = "x".join(map(str, x.shape[1:]))
     try:
         with torch.enable_grad(), evaluating(module):
-            outputs = module(x.requires_grad_())
+            found = module(x.requires_grad_())
     except Exception as error:  # a stranger's network can raise anything
         raise KitError(
             f"{title} does not take images of {shape} ({first_line(error)}): give --size and --channels"
         ) from None
-    if not isinstance(outputs, Tensor) or outputs.shape != (1, split.classes):
-        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(found, Tensor) or found.shape != (1, split.classes):
+        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise KitError(
             f"{title} returns {given} for one image of {shape}, and the data set has {split.classes} "
             "classes: it must return one logit for each of them"
         )
-    if not outputs.isfinite().all():
+    if not found.isfinite().all():
         raise KitError(
             f"{title} returns NaN or infinite logits for an image: its weights or its preprocessing are damaged"
         )
-    if not outputs.requires_grad:
+    if not found.requires_grad:
         raise KitError(f"{title} returns logits without a gradient: leave no_grad and numpy out, or no attack can work")
 
 
@@ -104,9 +104,8 @@ def _guesses(wrong: Tensor, labels: Tensor, counts: Tensor) -> bool:
 
 
 def _probabilities(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> str:
-    with torch.no_grad(), evaluating(model):
-        outputs = logits(model, x)
-    if bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones(len(x), device=x.device), atol=1e-4):
+    z = outputs(model, x)
+    if bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones(len(x), device=x.device), atol=1e-4):
         return "the network returns probabilities: attacks need logits, or their gradients vanish"
     return ""
 
@@ -134,8 +133,7 @@ def _growing_radii(model: nn.Module, x: Tensor, y: Tensor, classes: int, bar: tq
     """Predictions repeat, attacks stay in their ball, errors grow with the radius, and no image survives all."""
     sentences, wrong = [], predict(model, x) != y
     errors = [wrong.double().mean().item()]
-    with torch.no_grad(), evaluating(model):
-        first, second = logits(model, x), logits(model, x)
+    first, second = outputs(model, x), outputs(model, x)
     if not torch.allclose(first, second, rtol=0.01, atol=1e-3 * first.abs().max().item()):
         sentences.append("the same images give other logits when asked again: not deterministic in eval mode")
     for eps_255 in RADII_255:
