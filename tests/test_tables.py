@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from frlkit import PROJECT, KitError
 from frlkit.__main__ import main
 from frlkit.evaluation import Attack
-from frlkit.report import mechanism, statistics, tables
+from frlkit.report import mechanism, rules, statistics, tables
 
 
 def record(seed: int, natural: list[float], robust: list[float]) -> dict[str, Any]:
@@ -82,6 +82,17 @@ class TestSigns:
         assert tables.sizes({"natural": [self.SIGN]}, "natural").loc[3].to_dict() == {"Stop": 30, "Yield": 10}
         assert tables.note("signs", "a CNN", known) == "signs, a CNN; 1,500 training and 40 test images"
         assert tables.note("signs", "a CNN", self.SIGN) == "signs, a CNN; 40 test images"
+
+
+def test_differences_pair_the_seeds() -> None:
+    """And leave out a pair without runs."""
+    scored = tables.scores(RECORDS)
+    change = rules.minus(scored, "method", "control", "robust worst")
+    assert change.to_dict() == pytest.approx({0: -10, 1: -10})
+    assert rules.minus(scored, "method", "control", "natural worst").to_dict() == pytest.approx({0: -20, 1: 0})
+    table = rules.differences(scored, [("method", "control"), ("method", "nothing")])
+    assert list(table.index) == ["method − control"]
+    assert table.loc["method − control", "natural worst"] == "-10.0 ± 14.1"
 
 
 def test_scores_of_nothing() -> None:

@@ -5,7 +5,7 @@ Fewer than `FEWEST_SEEDS` seeds test nothing. Changes are differences of two met
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,13 @@ def minus(scored: pd.DataFrame, title: str, reference: str, column: str) -> pd.S
     known = set(scored.index.get_level_values(0))
     parts = [scored.loc[recipe][column] if recipe in known else pd.Series(dtype=float) for recipe in both]
     return (parts[0] - parts[1]).dropna().rename(f"{title} − {reference}")
+
+
+def differences(scored: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """`minus` of every column, mean ± sd over seeds: a row a pair; those without runs are left out."""
+    rows = {f"{a} − {b}": {c: minus(scored, a, b, c) for c in scored.columns} for a, b in pairs}
+    shown = {pair: {c: tables.plus_minus(v) for c, v in row.items() if len(v)} for pair, row in rows.items()}
+    return pd.DataFrame(shown).T.dropna(how="all")
 
 
 def lower(key: str, *changes: pd.Series, unit: str = "points") -> Question:
