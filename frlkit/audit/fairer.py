@@ -6,7 +6,7 @@ their folder's name, so another file of weights is another run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from frlkit import KitError, models, runs
 from frlkit.attacks import outputs
 from frlkit.data import Dataset
-from frlkit.recipes import FAIR, RECIPES, configure
+from frlkit.recipes import FAIR, FairConfig, configure
 
 BEFORE, CONTROL, INTERCEPT = "before", "control (equal weights)", "output biases moved"
 
@@ -42,18 +42,18 @@ def going_on(recipe: str, model: nn.Module, name: str, tensors: Dataset, batch_s
     behind a network that does not end in its own (`Shifted`). Raises `KitError` for a recipe that starts from nothing,
     or that tunes output norms which cannot be told.
     """
-    kind = recipe.partition(",")[0]
-    if kind in RECIPES and kind not in FAIR:
+    asked = configure(recipe, tensors.name, 0)
+    if not isinstance(asked, FairConfig):
+        kind = recipe.partition(",")[0]
         raise KitError(f"recipe = {kind!r} goes on from no network: use one of {', '.join(FAIR)}")
-    known: Mapping[str, Any] = FAIR[kind].values if kind in FAIR else {}
-    if known.get("method") == "intercept" and not _ends_in_biases(model, tensors):
-        if "norms" in (known.get("moved"), recipe.rpartition("moved=")[2].partition(",")[0]):
+    if asked.method == "intercept" and not _ends_in_biases(model, tensors):
+        if asked.moved == "norms":
             raise KitError(
                 f"recipe = {recipe!r} needs a network that ends in a linear layer with biases: use intercept"
             )
         model = Shifted(model, len(tensors.class_names))
     own: dict[str, Any] = {"model": models.lend(name, model)}
-    if known.get("ema"):
+    if asked.ema:
         own["ema"] = round(max(0.0, 1 - batch_size / len(tensors.train)), 3)
     return f"{recipe},start={runs.own_start(model)}", own
 
