@@ -90,6 +90,7 @@ def sure_to_end() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: None)  # the second one is the watch's alone, without a traceback
         told.detach()  # stays open: the process's own end may hang yet
         raise
     except BaseException:
