@@ -88,10 +88,13 @@ def _page(parts: Sequence[Mapping[str, Any]], versus: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: value.replace(" %", "\u00a0%") if isinstance(value, str) else value,  # on one line
     )
     environment.filters |= {"percent": words.percent, "bracket": _bracket, "named": words.named, "took": took}
     environment.globals |= {"attack": lambda values: str(Attack(**values)), "dataset": names.dataset}
-    return environment.get_template("card.html.j2").render(parts=parts, versus=versus, limit=draw.LISTED)
+    return environment.get_template("card.html.j2").render(
+        parts=parts, versus=versus, limit=draw.LISTED, most=draw.MATRIX
+    )
 
 
 def _bracket(interval: Sequence[float]) -> str:
@@ -119,7 +122,6 @@ def summary(audit: Mapping[str, Any]) -> dict[str, Any]:
     wrong = {kind: np.round(np.array(audit[kind]) * images).astype(int) for kind in ("natural", "boundary", "robust")}
     intervals = {kind: statistics.wilson(counts, images) for kind, counts in wrong.items()}
     worst, p = statistics.hardest(wrong["robust"], images)
-    rivals = [k for k in range(len(images)) if k != worst and p[k] >= LEVEL]
     taken = np.array(audit["confusion"]["robust"])[:, : len(images)].copy()
     np.fill_diagonal(taken, 0)
     classes = [
@@ -134,6 +136,7 @@ def summary(audit: Mapping[str, Any]) -> dict[str, Any]:
     flat = np.argsort(-(taken / images[:, None]), axis=None, kind="stable")[:PAIRS]
     pairs = [tuple(map(int, np.unravel_index(place, taken.shape))) for place in flat]
     other = [float(p[k]) for k in range(len(images)) if k != worst]
+    rivals = [each["number"] for each in classes if each["number"] != worst and p[each["number"]] >= LEVEL]
     return {
         "classes": classes,
         "hardest": {"class": worst, "p": max(other), "established": not rivals, "not_told_from": rivals},
