@@ -381,6 +381,24 @@ class TestLayouts:
 
 class TestFind:
     @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (b"", "download or save it again"),
+            (b"hello", "download or save it again"),
+            (
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+                "pointer of Git LFS .*git lfs pull",
+            ),
+            (b"\n<!DOCTYPE html><html>Not Found</html>", "it is a web page .*download"),
+        ],
+    )
+    def test_what_came_in_place_of_a_file(self, tmp_path: Path, content: bytes, said: str) -> None:
+        (tmp_path / "w.pth").write_bytes(content)
+        with pytest.raises(KitError, match=said) as caught:
+            find(tmp_path / "w.pth")
+        assert len(str(caught.value).splitlines()) == 1
+
+    @pytest.mark.parametrize(
         ("content", "error"),
         [
             ({"acc": 91.5}, 0.085),

@@ -169,7 +169,7 @@ def _content(path: Path) -> Any:
         except KitError as error:
             if advice := _advice(path):
                 raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded: {advice}") from None
-            raise error from None
+            raise KitError(f"{error}: download or save it again") from None
     try:
         return safetensors.torch.load_file(path)
     except OSError as error:
@@ -204,6 +204,9 @@ def _own(path: Path) -> str:
 
 def _advice(path: Path) -> str:
     """What a refused file is, in words, and what to do; "" where that cannot be told. Nothing in it is run."""
+    with path.open("rb") as file:
+        if file.read(100).lstrip().lower().startswith((b"version https://git-lfs", b"<!doctype", b"<html")):
+            return "it is a web page or a pointer of Git LFS in place of the file: download that (git lfs pull)"
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
