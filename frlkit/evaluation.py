@@ -113,6 +113,14 @@ def batches(split: Split, most: int | None = None) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(split), size)]
 
 
+def attacked(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, generator: torch.Generator, only: Tensor | None = None
+) -> Tensor:
+    """The adversarial images of a batch under `attack`; see `attacks.pgd`."""
+    settings = {"restarts": attack.restarts, "loss": attack.loss, "generator": generator, "only": only}
+    return pgd(model, x, y, attack.eps_255 / 255, attack.step_255 / 255, attack.steps, **settings)
+
+
 def _attacked(
     model: nn.Module, split: Split, attack: Attack, wrong_too: bool = True, most: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -120,15 +128,13 @@ def _attacked(
 
     Without `wrong_too`, images that are wrong clean come back as they are; the others do not notice.
     """
-    radius, step = attack.eps_255 / 255, attack.step_255 / 255
-    settings = {"restarts": attack.restarts, "loss": attack.loss}
     rows = tqdm(batches(split, most), desc=str(attack), leave=False, delay=2, disable=not watched())
     for number, part in enumerate(rows):
         x, y = split.batch(part)
         generator = stream(attack.seed, number, device=x.device)
         clean = predict(model, x)
         only = None if wrong_too else clean == y
-        yield y, clean, pgd(model, x, y, radius, step, attack.steps, generator=generator, only=only, **settings)
+        yield y, clean, attacked(model, x, y, attack, generator, only)
 
 
 def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:

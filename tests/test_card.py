@@ -145,6 +145,16 @@ class TestSentences:
         assert "not established" in said
         assert "cannot be told from" in said
 
+    @pytest.mark.parametrize("classes", [2, 7])
+    def test_of_a_network_that_guesses_no_class_is_hardest(self, classes: int) -> None:
+        """One class for whatever image: all others are wrong, which says nothing of them."""
+        errors = [0.0, *[1.0] * (classes - 1)]
+        taken = [[100, *[0] * (classes - 1)]] * classes
+        given = audit(classes, natural=errors, robust=errors, boundary=[0.0] * classes, confusion={"robust": taken})
+        said = card_words.sentences(given, card.summary(given))
+        assert "not tested: clean images are classified no better than by guessing" in said["classes"]
+        assert "Hit hardest" not in said["headline"]
+
     def test_a_class_of_two_images_is_not_called_hit_hardest(self) -> None:
         given = audit(classes=5, each=[500, 400, 300, 200, 2])
         found = card.summary(given)

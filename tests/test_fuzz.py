@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from frlkit import KitError, checkpoint, data, evaluation, models, notebook, recipes, records, runs
 from frlkit.__main__ import main
-from frlkit.audit.weights import load_weights
+from frlkit.audit.weights import find, fit
 from frlkit.data import Dataset
 from frlkit.sources.folders import Source, of_arrays
 from frlkit.values import fields_of
@@ -278,7 +278,7 @@ class TestFiles:
         def check(content: bytes) -> None:
             path.write_bytes(content)
             with pytest.raises(KitError) as caught:  # at best there are too few tensors
-                load_weights(models.build("lenet5"), path)
+                fit(models.build("lenet5"), find(path))
             assert str(path) in sentence(caught.value)
 
         check()
@@ -325,6 +325,6 @@ def test_odd_things_in_a_file(tmp_path: Path, odd: Any) -> None:
     torch.save({**network.state_dict(), "fc1.bias": fitting}, path)
     before = checkpoint.digest(dict(network.state_dict()))
     with pytest.raises(KitError) as caught:
-        load_weights(network, path)
+        fit(network, find(path))
     assert str(path) in sentence(caught.value)
     assert checkpoint.digest(dict(network.state_dict())) == before

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from frlkit import KitError, checkpoint, evaluation, kernels, models
 from frlkit.attacks import pgd
-from frlkit.audit.weights import load_weights
+from frlkit.audit.weights import find, fit
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ class TestLoadWeights:
         """A fresh network's weights after loading a file of this content."""
         torch.save(content, path)
         model = models.build("lenet5", seed=99)
-        load_weights(model, path)
+        fit(model, find(path))
         return model.state_dict()
 
     @pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "both"])
@@ -306,7 +306,7 @@ class TestLoadWeights:
         model = models.build("lenet5", seed=99)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(KitError) as caught:
-            load_weights(model, path)
+            fit(model, find(path))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         message = str(caught.value)
         assert str(path) in message
@@ -393,7 +393,7 @@ class TestLoadWeights:
             damaged[chance.randrange(min(len(whole), 1000))] = chance.randrange(256)
             path.write_bytes(damaged)
             with pytest.raises(KitError) as caught:  # 3 tensors never fit, whole or damaged
-                load_weights(model, path)
+                fit(model, find(path))
             assert len(str(caught.value).splitlines()) == 1
 
     def test_missing_file_and_folder(self, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from typing_extensions import NotRequired, TypedDict
 
 from frlkit import KitError, checkpoint, disk, evaluation, records, watched
-from frlkit.attacks import pgd
 from frlkit.audit import branch, crown, ladder
 from frlkit.data import Split
 from frlkit.evaluation import Attack
@@ -158,8 +157,7 @@ def _begin(model: nn.Module, split: Split, attack: Attack, path: Path | None) ->
         if record["labels"] != split.labels.tolist():
             raise KitError(f"{path} cannot be gone on with: its labels are not those of its images; delete it")
         return record
-    images = len(split)
-    progress = {"verdicts": [None] * images, "margins": [None] * images, "steps": [None] * images, "seconds": 0.0}
+    progress = {**{key: [None] * len(split) for key in ("verdicts", "margins", "steps")}, "seconds": 0.0}
     return {**about, "labels": split.labels.tolist(), **progress, "versions": records.versions()}
 
 
@@ -171,14 +169,9 @@ def _is_open(record: dict[str, Any], number: int, steps: int, seconds: float = 0
 
 def _falsify(model: nn.Module, split: Split, record: dict[str, Any], start: int) -> None:
     """Attack the images of one chunk that have no verdict yet; those wrong without any attack are falsified too."""
-    rows = slice(start, start + CHUNK)
-    x, y = split.batch(rows)
+    x, y = split.batch(slice(start, start + CHUNK))
     attack = Attack(**record["attack"])
-    settings = {"restarts": attack.restarts, "loss": attack.loss}
-    generator = evaluation.stream(attack.seed, start, device=x.device)
-    attacked = pgd(
-        model, x, y, attack.eps_255 / 255, attack.step_255 / 255, attack.steps, generator=generator, **settings
-    )
+    attacked = evaluation.attacked(model, x, y, attack, evaluation.stream(attack.seed, start, device=x.device))
     fooled = (evaluation.predict(model, x) != y) | (evaluation.predict(model, attacked) != y)
     for number, is_fooled in enumerate(fooled.tolist(), start):
         if is_fooled and record["verdicts"][number] is None:

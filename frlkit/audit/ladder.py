@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from typing_extensions import NotRequired, TypedDict
 
 from frlkit import KitError, checkpoint, disk, evaluation, kernels, records, watched
-from frlkit.attacks import evaluating, logits, pgd
+from frlkit.attacks import evaluating, logits
 from frlkit.audit import crown
 from frlkit.data import Split
 from frlkit.evaluation import Attack
@@ -91,9 +91,7 @@ def subset(split: Split, images: int, classes: int) -> Split:
     most = int(torch.bincount(split.labels, minlength=classes).min())
     if not 1 <= each <= most:
         raise KitError(f"{images} images is not allowed: use {classes} to {classes * most}")
-    parts = [(split.labels == label).nonzero()[:each, 0] for label in range(classes)]
-    index = torch.cat(parts)
-    return split.take(index)
+    return split.take(torch.cat([(split.labels == label).nonzero()[:each, 0] for label in range(classes)]))
 
 
 def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[str, Any]:
@@ -185,9 +183,7 @@ def _attacked(
         return x
     if attack is not None:
         generator = evaluation.stream(attack.seed, start, device=x.device)
-        radius, step = attack.eps_255 / 255, attack.step_255 / 255
-        settings = {"restarts": attack.restarts, "loss": attack.loss, "generator": generator}
-        return pgd(model, x, y, radius, step, attack.steps, **settings)
+        return evaluation.attacked(model, x, y, attack, generator)
     if find_spec("torchattacks") is None:
         raise KitError("AutoAttack needs torchattacks: pip install --no-deps torchattacks")
     import torchattacks

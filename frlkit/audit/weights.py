@@ -98,11 +98,6 @@ def _without_beside(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]
     return {key: v for key, v in named.items() if not _BESIDE.match(key.removeprefix(outer))} or named, outer
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a network from anyone's file, see `find` and `fit`, whose errors it raises."""
-    fit(model, find(path))
-
-
 def fit(model: nn.Module, weights: Weights) -> bool:
     """Fill a network with tensors of the same names or, failing that, of the same shapes, one by one or in order.
 

@@ -126,9 +126,9 @@ def summary(audit: Mapping[str, Any]) -> dict[str, Any]:
     """What the card says in numbers: fractions with 95 % intervals (Wilson), hardest class first.
 
     Returns ``classes`` (with ``taken_for``: the class that most of the attacked mistakes end in, or None), ``hardest``
-    (`statistics.hardest`: is it established, and which classes it cannot be told from), ``spread`` of the natural,
-    boundary and robust error over classes, ``pairs`` (source, target, share of the source's images), and ``receives``:
-    the share of all mistakes that end in each class.
+    (`statistics.hardest`: is it established, tested at all, which classes it cannot be told from), ``spread`` of each
+    error over classes, ``pairs`` (source, target, share of the source's images), and ``receives``: the share of all
+    mistakes that end in each class.
     """
     images = np.array(audit["labels_per_class"])
     wrong = {kind: np.round(np.array(audit[kind]) * images).astype(int) for kind in ("natural", "boundary", "robust")}
@@ -149,9 +149,11 @@ def summary(audit: Mapping[str, Any]) -> dict[str, Any]:
     pairs = [tuple(map(int, np.unravel_index(place, taken.shape))) for place in flat]
     other = [float(p[k]) for k in range(len(images)) if k != worst]
     rivals = [each["number"] for each in classes if each["number"] != worst and p[each["number"]] >= LEVEL]
+    tested = np.mean(audit["natural"]) < 1 - 1 / len(images) - 1e-9  # of a network that guesses, no class is harder
+    hardest = {"class": worst, "p": max(other), "established": bool(tested and not rivals), "tested": bool(tested)}
     return {
         "classes": classes,
-        "hardest": {"class": worst, "p": max(other), "established": not rivals, "not_told_from": rivals},
+        "hardest": {**hardest, "not_told_from": rivals},
         "spread": {kind: _spread(np.array(audit[kind])) for kind in wrong},
         "pairs": [
             {"source": s, "target": t, "images": int(taken[s, t]), "share": float(taken[s, t] / images[s])}

@@ -67,6 +67,8 @@ def _established(audit: Mapping[str, Any], found: Mapping[str, Any], called: Seq
             f"That {called[hardest['class']]} is the hardest class under attack is established: the distance to every "
             f"other class is more than chance ({size})."
         )
+    if not hardest["tested"]:
+        return "Which class is hardest is not tested: clean images are classified no better than by guessing."
     few, more = rivals[:4], len(rivals) - 4
     listed = ", ".join(few) + (f" and {more} more" if more > 0 else "")
     of = min(audit["labels_per_class"])

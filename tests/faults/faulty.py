@@ -137,11 +137,11 @@ def _climb(words: list[str], prog_name: str) -> None:
 
     from frlkit import KitError
     from frlkit.audit import ladder
-    from frlkit.audit.weights import load_weights
+    from frlkit.audit.weights import find, fit
 
     model, ladder.CHUNK = models.build("lenet5"), 5
     try:
-        load_weights(model, Path(words[0]))
+        fit(model, find(Path(words[0])))
         ladder.climb(model, ladder.subset(data.load("digits").test, 20, 10), 128.0, Path(words[1]))
     except KitError as error:
         click.echo(f"Error: {error}", err=True)
