@@ -12,6 +12,8 @@ from frlkit import fairness, interval
 from frlkit.attacks import logits, n_fgsm, pgd
 from frlkit.recipes import Config, FairConfig
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def loss(
     model: nn.Module,
@@ -42,8 +44,7 @@ def loss(
         return F.cross_entropy(logits(model, n_fgsm(model, x, y, attack[0], generator)), y)
     adversarial = pgd(model, x, y, *attack, loss="kl", random_start="gaussian", generator=generator)
     clean = logits(model, x)
-    divergence = F.kl_div(logits(model, adversarial).log_softmax(1), clean.softmax(1), reduction="batchmean")
-    return F.cross_entropy(clean, y) + config.beta * divergence
+    return F.cross_entropy(clean, y) + config.beta * (_divergence(logits(model, adversarial), clean).sum() / len(x))
 
 
 def _fair_loss(
@@ -107,5 +108,10 @@ def _weighted_cross_entropy(logits: Tensor, y: Tensor, weights: Tensor) -> Tenso
 
 def _weighted_divergence(attacked: Tensor, clean: Tensor, weights: Tensor) -> Tensor:
     """KL(p(x) || p(x')), mean over the batch with the given weights (N,); 0 where all are 0."""
-    divergence = F.kl_div(attacked.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
-    return (weights * divergence).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    return (weights * _divergence(attacked, clean).sum(1)).sum() / weights.sum().clamp(min=TINY)
+
+
+def _divergence(attacked: Tensor, clean: Tensor) -> Tensor:
+    """KL(p(x) || p(x')) by class, (N, C). Where a probability is too small for float32, as of anyone's confident
+    network, its logarithm has no gradient: it would be NaN."""
+    return F.kl_div(attacked.log_softmax(1), clean.softmax(1).clamp(min=TINY), reduction="none")

@@ -144,7 +144,7 @@ def read_as(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
         place = ".".join(map(str, first["loc"]))
         reason = f"{place + ': ' if place else ''}{first['msg']}"
     except FileNotFoundError:
-        raise KitError(f"there is no {kind} {path}: make it first, or name another folder") from None
+        raise KitError(f"there is no {kind} {path}: give the path of one") from None
     except OSError as error:
         raise disk.not_read(path, error) from None
     except (ValueError, RecursionError) as error:

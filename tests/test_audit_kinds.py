@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import shutil
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -107,6 +108,18 @@ def junk(place: Path) -> None:
     (place / "train" / "3" / "notes.txt").write_text("", encoding="utf-8")
 
 
+def as_tiny_imagenet(place: Path) -> None:
+    """test/ becomes val/, one folder of images and a table of their classes; other images are without labels."""
+    rows = []
+    (place / "val" / "images").mkdir(parents=True)
+    for file in sorted(place.glob("test/*/images/*.png")):
+        rows.append(f"{file.name}\t{file.parts[-3]}\t0\t0\t31\t31\n")
+        file.rename(place / "val" / "images" / file.name)
+    (place / "val" / "val_annotations.txt").write_text("".join(rows), encoding="utf-8")
+    shutil.rmtree(place / "test")
+    shutil.copytree(place / "train" / "0" / "images", place / "test" / "images")
+
+
 OWN = """
 from torch import nn
 
@@ -160,6 +173,7 @@ KINDS: dict[str, Maker] = {
     ),
     "28x28 not padded, `Linear(256, 120)`": lambda n, p, d: put(names(n["small"], *USUAL), p),
     "colour LeNet-5 behind `Normalize(0.5, 0.5)`; nested folders, `Thumbs.db`, `.txt`": colour("photos"),
+    "the same as Tiny ImageNet's archive: `val_annotations.txt`, no labels for test": colour("tiny"),
     "the same, a class of another name in `test/`": colour("spoilt"),
     "the same, two images cut short": colour("cut"),
     "an `.npz` of 16-bit arrays": lambda n, p, d: (
@@ -243,6 +257,7 @@ def arrays(path: Path, digits: Dataset) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory, tiny: Dataset) -> Path:
     place = tmp_path_factory.mktemp("folders")
     folder(place / "photos", tiny, junk)
+    folder(place / "tiny", tiny, as_tiny_imagenet)
     folder(place / "spoilt", tiny, lambda f: (f / "test" / "3").rename(f / "test" / "drei"))
     folder(place / "cut", tiny, lambda f: [file.write_bytes(b"") for file in sorted(f.rglob("test/3/*/*.png"))[:2]])
     return place
@@ -267,7 +282,7 @@ def test_what_is_said_of_each_stands_in_the_documentation(
     monkeypatch.setattr(data, "load", tiny_load)
     monkeypatch.setattr(readings, "FEW", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(photos / "cache"))
-    for name in ("photos", "spoilt", "cut"):
+    for name in ("photos", "tiny", "spoilt", "cut"):
         (tmp_path / name).symlink_to(photos / name)
     torch.manual_seed(0)
     built = KINDS[kind](trained, tmp_path, tiny)

@@ -145,6 +145,31 @@ class TestSentences:
         assert "not established" in said
         assert "cannot be told from" in said
 
+    def test_a_class_of_two_images_is_not_called_hit_hardest(self) -> None:
+        given = audit(classes=5, each=[500, 400, 300, 200, 2])
+        found = card.summary(given)
+        assert not found["hardest"]["established"]
+        said = card_words.sentences(given, found)["headline"]
+        assert "The largest error is that of “\u2068class 4\u2069”" in said
+        assert "of its 2 images" in said
+        rivals = [given["robust"][k] for k in found["hardest"]["not_told_from"]]
+        assert rivals == sorted(rivals, reverse=True)
+
+    @pytest.mark.parametrize(
+        ("taken", "said"),
+        [
+            ([[4, 6], [3, 7]], "With two classes, a mistake can only be the other one."),
+            ([[4, 3, 3], [3, 7, 0], [1, 0, 9]], "no pair is more frequent; “\u2068class 0\u2069” receives 40.0 %"),
+        ],
+    )
+    def test_of_frequent_mistakes_only_what_is_so(self, taken: list[list[int]], said: str) -> None:
+        """Equally frequent pairs, and two classes, where where mistakes end is no finding."""
+        robust = [1 - taken[k][k] / 10 for k in range(len(taken))]
+        given = audit(classes=len(taken), each=10, robust=robust, confusion={"natural": taken, "robust": taken})
+        found = card_words.sentences(given, card.summary(given))["confusion"]
+        assert said in found
+        assert ("receives" in found) == (len(taken) > 2)
+
     def test_half_of_the_hardest_class(self) -> None:
         given = audit(classes=2, curve=[{"eps_255": 0.0, "robust": [0.0, 0.1]}, {"eps_255": 4.0, "robust": [0.1, 0.6]}])
         said = card_words.sentences(given, card.summary(given))["curve"]
@@ -193,6 +218,8 @@ class TestFiles:
         text = card.write([given], tmp_path).read_text(encoding="utf-8")
         assert "<script" not in text
         assert "http" not in text
+        assert " %<" not in text  # a number and its sign stay on one line
+        assert ("the first 100 classes" in text) == (len(given["class_names"]) > 100)
         (kept,) = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
         assert kept["robust"] == given["robust"]
         assert kept["summary"]["classes"][0]["robust"] == max(given["robust"])

@@ -251,6 +251,19 @@ class TestFairLoss:
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
 
+    @pytest.mark.parametrize("config", [FairConfig("frl", beta=2.5), Config("trades")], ids=["frl", "trades"])
+    def test_a_confident_network_has_gradients(self, config: Config) -> None:
+        """Anyone's network may be so sure that float32 has no probability left for other classes."""
+        model, x, y = small()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1e3)
+        model, x = model.float(), x.float()
+        assert (model(x).softmax(1) == 0).any()
+        even = Setting(*(part.float() for part in EVEN)) if isinstance(config, FairConfig) else None
+        losses.loss(model, x, y, config, stream(7), even).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
     def test_printed_weights_count_as_they_are(self) -> None:
         model, x, y = small()
         balance = BALANCE._replace(weights_nat=3 * BALANCE.weights_nat, weights_bdy=0.5 * BALANCE.weights_bdy)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 
@@ -100,6 +100,13 @@ class TestFolder:
         monkeypatch.setattr(images, "_open", None)
         assert data.load("folder:photos").fingerprint == first.fingerprint
 
+    def test_each_image_is_decoded_once(self, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        put(Image.fromarray(pixels(40, 40)).convert("P"), photos / "train" / "ant" / "palette.gif")
+        decoded, prepare = [], ImageFile.ImageFile.load_prepare
+        monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", lambda self: (decoded.append(self), prepare(self))[1])
+        data.load("folder:photos")
+        assert len(decoded) == 70
+
     def test_changed_bytes_are_noticed_though_size_and_time_are_the_same(self, root: Path) -> None:
         fill(root / "grey")
         first = data.load("folder:grey", size=None, channels=None)
@@ -143,6 +150,35 @@ class TestFolder:
         assert sorted(both.tolist()) == [0, 1, 2, 10, 11, 12]
         assert found.test.images[:, 0, 0, 0].tolist() == [9, 19]
         assert found.notes == ("skipped .txt files: 2 (in 'train/n01', 'train/n02')",)
+
+    @pytest.fixture
+    def unlabelled(self, root: Path) -> Path:
+        """Tiny ImageNet's archive in small: a table says the class of each of val's images, nothing that of test's."""
+        rows, place = [], root / "tiny"
+        for number in range(6):
+            name = ("n02", "n01")[number % 2]
+            put(np.full((8, 8), 10 + number, np.uint8), place / "train" / name / "images" / f"{name}_{number}.JPEG")
+            put(np.full((8, 8), 20 + number, np.uint8), place / "val" / "images" / f"val_{number}.JPEG")
+            put(np.full((8, 8), 30 + number, np.uint8), place / "test" / "images" / f"test_{number}.JPEG")
+            rows.append(f"val_{number}.JPEG\t{name}\t0\t3\t7\t7\n")
+        (place / "val" / "val_annotations.txt").write_text("".join(rows), encoding="utf-8")
+        return place
+
+    def test_tiny_imagenet_is_tested_on_its_validation_images(self, unlabelled: Path) -> None:
+        found = data.load("folder:tiny", size=8, channels=1)
+        assert found.class_counts == {"train": [2, 2], "validation": [1, 1], "test": [3, 3]}
+        assert found.test.images[:, 0, 0, 0].tolist() == [21, 23, 25, 20, 22, 24]
+        assert found.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert found.notes == ("skipped test images without labels (so val is the test): 6 (in 'test')",)
+
+    def test_tables_of_classes_and_images_that_do_not_fit(self, unlabelled: Path) -> None:
+        (unlabelled / "val" / "images" / "val_0.JPEG").unlink()
+        found = data.load("folder:tiny")
+        assert found.class_counts["test"] == [3, 2]
+        assert "lines of images that are not there: 1 (in 'val')" in found.notes[0]
+        put(pixels(8, 8), unlabelled / "val" / "images" / "more.JPEG")
+        with pytest.raises(KitError, match="val_annotations.txt says no class of 'more.JPEG': add a line for each"):
+            data.load("folder:tiny")
 
     def test_what_systems_leave_behind_is_no_image(self, root: Path) -> None:
         fill(root / "m")

@@ -6,14 +6,12 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, TypeAdapter
 from torch import nn
 from tqdm.auto import tqdm
-from typing_extensions import NotRequired, TypedDict
 
 from frlkit import KitError, checkpoint, kernels, records, watched
 from frlkit.attacks import pgd
@@ -22,65 +20,9 @@ from frlkit.audit import ladder as rungs
 from frlkit.audit.doubts import affordable, check, doubts
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import BATCH, Attack, batches, number_format, predict, predictions, stream, tally
-from frlkit.values import Share
 
 RADII_255 = tuple(float(radius) for radius in range(1, 17))  # of the curve
 CURVE_STEPS = 10  # of a quarter of the radius each
-
-
-class _Reading(TypedDict):
-    __pydantic_config__ = records.OPEN
-    model: str
-    mean: list[float] | None
-    std: list[float] | None
-    size: Annotated[int, Field(ge=1)]
-    channels: Annotated[int, Field(ge=1)]
-    value_range: str
-    key: str
-    prefix: str
-    tried: list[dict[str, Any]]
-
-
-_Shares = list[Share]
-_Table = list[list[Annotated[int, Field(ge=0)]]]
-
-
-class _Audit(TypedDict):
-    __pydantic_config__ = records.OPEN
-    dataset: str
-    class_names: Annotated[list[str], Field(min_length=2)]
-    images: Annotated[int, Field(ge=1)]
-    labels_per_class: list[Annotated[int, Field(ge=1)]]
-    attack: dict[str, Any]
-    natural: _Shares
-    robust: _Shares
-    boundary: _Shares
-    confusion: dict[str, _Table]
-    curve: list[dict[str, Any]]
-    ladder: NotRequired[list[dict[str, Any]]]
-    certified: NotRequired[dict[str, Any]]
-    reading: _Reading
-    doubts: list[str]
-    fingerprints: dict[str, str]
-    command: str
-    versions: dict[str, str]
-    seconds: Annotated[float, Field(ge=0)]
-
-
-def _same_classes(found: dict[str, Any]) -> dict[str, Any]:
-    lists = [found[key] for key in ("labels_per_class", "natural", "robust", "boundary")]
-    lists += [point["robust"] for point in (*found["curve"], *found.get("ladder", ()))] + [*found["confusion"].values()]
-    if any(len(values) != len(found["class_names"]) for values in lists):
-        raise ValueError(f"its lists do not all have {len(found['class_names'])} classes")
-    return found
-
-
-_SCHEMA: TypeAdapter[Any] = TypeAdapter(Annotated[_Audit, AfterValidator(_same_classes)])
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read an audit; raises `KitError` where it is missing, no JSON, or not what an audit is."""
-    return records.read_as(path, _SCHEMA, "audit")
 
 
 def audit(
@@ -133,15 +75,8 @@ def audit(
             f"{type(images).__name__}: frlkit.data.load(NAME) gives one"
         )
     path = None if path is None else Path(path)
-    began, attack, test, classes = time.perf_counter(), attack or Attack(), images.test, len(images.class_names)
-    if most is not None and most < len(test):
-        test = test.take(test.draw(most, stream(3)).sort().values)
-    counts = test.labels.bincount(minlength=classes)
-    if not counts.all():
-        raise KitError(
-            f"class {images.class_names[int(counts.argmin())]!r} has none of the {len(test)} test images: its error is "
-            "undefined; audit more (--images)"
-        )
+    began, attack, classes = time.perf_counter(), attack or Attack(), len(images.class_names)
+    test = _drawn(images, most)
     further = {name: rungs.subset(test, n, classes) for name, n in (("ladder", ladder), ("certified", certify)) if n}
     if ladder and classes < 4:
         raise KitError(f"{images.name} has {classes} classes: AutoAttack's targeted losses need four or more")
@@ -192,7 +127,21 @@ def audit(
     if certify and path is not None:
         certificates = path.with_name("certificates.json")
         keep(certified=certification.bracket(model, further["certified"], attack.eps_255, path=certificates))
-    return _SCHEMA.validate_python(found)
+    return found
+
+
+def _drawn(images: Dataset, most: int | None) -> Split:
+    """The test images, or so many of them, some of every class; raises `KitError` where a class has none."""
+    test = images.test
+    if most is not None and most < len(test):
+        test = test.take(test.draw(most, stream(3)).sort().values)
+    counts = test.labels.bincount(minlength=len(images.class_names))
+    if not counts.all():
+        raise KitError(
+            f"class {images.class_names[int(counts.argmin())]!r} has none of the {len(test)} test images: its error is "
+            "undefined; audit more (--images)"
+        )
+    return test
 
 
 def _as_given(model: nn.Module, test: Split) -> dict[str, Any]:

@@ -61,11 +61,6 @@ def read(path: Path) -> dict[str, Any]:
     return records.read_as(path, _RECORD, "certification")
 
 
-def attack(eps_255: float) -> Attack:
-    """The attack that falsifies: PGD on the margin, 50 steps, 10 restarts."""
-    return Attack(eps_255=eps_255, step_255=eps_255 / 8, steps=50, restarts=10, loss="margin")
-
-
 def first(split: Split, images: int | None, balanced: bool = False) -> Split:
     """The first so many images of a split, or all; raises `KitError` where there are fewer.
 
@@ -115,7 +110,7 @@ def certify(
         raise KitError("the split has no images: there is nothing to certify")
     check(model, split)
     with evaluation.number_format("float32", split.labels.device):  # what is certified is the float32 network
-        return _certify(model, split, _begin(model, split, attack(eps_255), path), steps, seconds, path)
+        return _certify(model, split, _begin(model, split, ladder.strong(eps_255), path), steps, seconds, path)
 
 
 def _certify(
@@ -156,11 +151,7 @@ def _keep(record: dict[str, Any], path: Path | None) -> None:
 
 def _begin(model: nn.Module, split: Split, attack: Attack, path: Path | None) -> dict[str, Any]:
     """The record at `path`, or a new one; refuses another run's."""
-    about = {
-        "weights_sha256": checkpoint.digest(dict(model.state_dict())),
-        "images_sha256": checkpoint.digest({"images": split.images, "labels": split.labels}),
-        "attack": asdict(attack),
-    }
+    about = {**ladder.fingerprints(model, split), "attack": asdict(attack)}
     if path is not None and disk.exists(path):
         record = read(path)
         checkpoint.refuse_other(path, {key: record.get(key) for key in about}, about)

@@ -70,8 +70,19 @@ def read(path: Path) -> dict[str, Any]:
 
 def rungs(eps_255: float) -> dict[str, Attack | None]:
     """The attacks by name, weakest first; None where there is no `Attack` to describe them."""
-    weak, strong = Attack(eps_255), Attack(eps_255, step_255=eps_255 / 8, steps=50, restarts=10, loss="margin")
-    return {CLEAN: None, str(weak): weak, str(strong): strong, AUTOATTACK: None}
+    weak, hard = Attack(eps_255), strong(eps_255)
+    return {CLEAN: None, str(weak): weak, str(hard): hard, AUTOATTACK: None}
+
+
+def strong(eps_255: float) -> Attack:
+    """PGD on the margin, 50 steps, 10 restarts: the last rung but one, and what falsifies before certifying."""
+    return Attack(eps_255, step_255=eps_255 / 8, steps=50, restarts=10, loss="margin")
+
+
+def fingerprints(model: nn.Module, split: Split) -> dict[str, str]:
+    """Whose a record is that is kept image by image: it goes on with these weights and images alone."""
+    images = checkpoint.digest({"images": split.images, "labels": split.labels})
+    return {"weights_sha256": checkpoint.digest(dict(model.state_dict())), "images_sha256": images}
 
 
 def subset(split: Split, images: int, classes: int) -> Split:
@@ -93,13 +104,7 @@ def climb(model: nn.Module, split: Split, eps_255: float, path: Path) -> dict[st
     installed; raises `KitError` where it is not, where the images are no `subset`, or where the file belongs to other
     weights or images.
     """
-    names = list(rungs(eps_255))
-    about = {
-        "weights_sha256": checkpoint.digest(dict(model.state_dict())),
-        "images_sha256": checkpoint.digest({"images": split.images, "labels": split.labels}),
-        "eps_255": eps_255,
-        "rungs": names,
-    }
+    about = {**fingerprints(model, split), "eps_255": eps_255, "rungs": list(rungs(eps_255))}
     labels = split.labels.tolist()
     record = _whole({**about, "labels": labels, "fell": [-1] * len(split)})
     if disk.exists(path):
@@ -124,9 +129,7 @@ def certify(model: nn.Module, split: Split, path: Path, *, steps: int = 0) -> di
     supported, ``not_supported`` says why instead.
     """
     record = finished(path)
-    weights = checkpoint.digest(dict(model.state_dict()))
-    images = checkpoint.digest({"images": split.images, "labels": split.labels})
-    about = {"weights_sha256": weights, "images_sha256": images}
+    about = fingerprints(model, split)
     checkpoint.refuse_other(path, {key: record[key] for key in about}, about)
     try:
         crown.network(model, split.batch(slice(0, 1))[0])

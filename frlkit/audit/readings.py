@@ -7,7 +7,6 @@ asked for, and is far worse than another, is refused: its robust error would mea
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ class Reading:
         if self.network.normalises:
             return f"{self.network.title}, with its own normalisation"
         pair = (self.mean, self.std)
-        said = f"mean {_listed(self.mean)}, std {_listed(self.std)}"
+        said = "mean {}, std {}".format(*(" ".join(f"{number:.4g}" for number in numbers) for numbers in pair))
         return f"{self.network.title}, images {'in ' + RANGES[pair] if pair in RANGES else 'less ' + said}"
 
     @property
@@ -158,10 +157,6 @@ def read(
     return Audited(module, images, str(chosen), about, doubts, weights.error if weights else None)
 
 
-def _listed(numbers: Numbers) -> str:
-    return " ".join(f"{number:.4g}" for number in numbers)
-
-
 def _normalisations(
     network: Network, weights: Weights | None, asked: tuple[Numbers | None, Numbers | None], images: Dataset
 ) -> list[tuple[Numbers, Numbers]]:
@@ -248,19 +243,26 @@ def _choose(
     chosen = likeliest if more[close[0]].less_likely(more[likeliest]) else close[0]
     if errors[lowest] > 0.75 * (1 - 1 / len(images(tries[0].network).class_names)):
         return tries[close[0]], errors, []  # whatever it has learnt, it is not this
-    fallen = functools.cache(lambda number: _fallen(tries[number], images))
-    for other in sorted({*close, best}, key=loss.__getitem__):
-        if more[other].same(more[chosen]) or more[other].less_likely(more[chosen]):
-            continue
-        theirs, ours = fallen(other), fallen(chosen)
+    likely = [number for number in sorted({*close, best}, key=loss.get) if not more[number].less_likely(more[chosen])]
+    rivals = [(tries[number], errors[number]) for number in likely if not more[number].same(more[chosen])]
+    return tries[chosen], errors, _doubt((tries[chosen], errors[chosen]), rivals, images)
+
+
+_Told = tuple[Reading, float]  # and the share of clean images that it gets wrong
+
+
+def _doubt(chosen: _Told, rivals: Sequence[_Told], images: Callable[[Network], Dataset]) -> list[str]:
+    """What there is to say of the first of the rivals behind which attacks find something else."""
+    ours = _fallen(chosen[0], images) if rivals else np.empty(0)
+    for rival in rivals:
+        theirs = _fallen(rival[0], images)
         if abs(theirs.sum() - ours.sum()) > max(0.03 * len(ours), 2 * math.sqrt((theirs != ours).sum())):
-            said = [
-                f"{tries[number]} ({errors[number]:.1%} of clean images are wrong, and {fell.mean():.0%} of "
-                f"{len(fell)} attacked)"
-                for number, fell in ((other, theirs), (chosen, ours))
-            ]
-            return tries[chosen], errors, [f"the file could as well be read as {said[0]} as {said[1]}"]
-    return tries[chosen], errors, []
+            said = (
+                f"{reading} ({error:.1%} of clean images are wrong, and {fell.mean():.0%} of {len(fell)} attacked)"
+                for (reading, error), fell in ((rival, theirs), (chosen, ours))
+            )
+            return [f"the file could as well be read as {' as '.join(said)}"]
+    return []
 
 
 def _scores(tries: Sequence[Reading], images: Callable[[Network], Dataset], most: int) -> list[_Score]:

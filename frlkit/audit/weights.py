@@ -80,15 +80,22 @@ def find(path: Path, key: str = "") -> Weights:
     if key and key not in places:
         raise KitError(f"{path} has no weights under {key!r}: use one of {', '.join(map(repr, places)) or 'no key'}")
     chosen = key or min(places, key=lambda place: (_rank(place), -len(places[place])), default="")
-    # a number beside the network, such as the count that PyTorch's AveragedModel keeps, is none of its tensors
-    named = {key: v for key, v in places.get(chosen, {}).items() if v.ndim or "." in key or v.is_floating_point()}
-    outer = _shared(named)
-    named = {key: v for key, v in named.items() if not _BESIDE.match(key.removeprefix(outer))} or named
+    named, outer = _without_beside(places.get(chosen, {}))
     tensors, front = _normalisation({name.removeprefix(outer): tensor for name, tensor in named.items()})
     inner = _shared(tensors)
     tensors = {name.removeprefix(inner): tensor for name, tensor in tensors.items()}
     others = tuple(place for place in places if place not in ("", chosen))
     return Weights(path, named, tensors, chosen, outer + inner, others, *front, _said_error(content), _own(path))
+
+
+def _without_beside(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The tensors that are a network's, under their own names, and the prefix that these share.
+
+    A number beside it, such as the count that PyTorch's AveragedModel keeps, is none of them.
+    """
+    named = {key: v for key, v in tensors.items() if v.ndim or "." in key or v.is_floating_point()}
+    outer = _shared(named)
+    return {key: v for key, v in named.items() if not _BESIDE.match(key.removeprefix(outer))} or named, outer
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -113,19 +120,23 @@ def fit(model: nn.Module, weights: Weights) -> bool:
         if len(tensors) != len(counted):
             raise KitError(f"{path} holds {len(tensors)} tensors: {kind} has {len(counted)}")
         tensors = dict(zip(counted, tensors.values(), strict=True))
-    for name, target in counted.items():
-        found = tensors[name]
-        if {found.ndim, target.ndim} == {2, 4} and len(found) == len(target) and found.numel() == target.numel():
-            found = tensors[name] = found.reshape(target.shape)
-        if found.shape != target.shape:
-            shape, theirs = tuple(target.shape), tuple(found.shape)
-            raise KitError(f"{path} does not fit {kind}: {name} has shape {shape}, the file's is {theirs}")
-        if not _plain(found) or found.is_floating_point() != target.is_floating_point():
-            raise KitError(f"{path} has a tensor of type {found.dtype} that is not plain for {name}: save floats")
-        if not bool(found.isfinite().all()):
-            raise KitError(f"{path} has NaN or infinite values in the tensor that stands for {name}")
+    tensors = {name: _fitted(tensors[name], target, name, path, kind) for name, target in counted.items()}
     model.load_state_dict({**wanted, **{name: source[name] for name in wanted if name in source}, **tensors})
     return whole is not None and weights.mean is not None
+
+
+def _fitted(found: Tensor, target: Tensor, name: str, path: Path, kind: str) -> Tensor:
+    """A file's tensor in the shape of the network's, or `KitError`."""
+    if {found.ndim, target.ndim} == {2, 4} and len(found) == len(target) and found.numel() == target.numel():
+        found = found.reshape(target.shape)
+    if found.shape != target.shape:
+        shape, theirs = tuple(target.shape), tuple(found.shape)
+        raise KitError(f"{path} does not fit {kind}: {name} has shape {shape}, the file's is {theirs}")
+    if not _plain(found) or found.is_floating_point() != target.is_floating_point():
+        raise KitError(f"{path} has a tensor of type {found.dtype} that is not plain for {name}: save floats")
+    if not bool(found.isfinite().all()):
+        raise KitError(f"{path} has NaN or infinite values in the tensor that stands for {name}")
+    return found
 
 
 def _uncounted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -158,7 +169,7 @@ def _content(path: Path) -> Any:
         except KitError as error:
             if advice := _advice(path):
                 raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded: {advice}") from None
-            raise error from None
+            raise KitError(f"{error}: download or save it again") from None
     try:
         return safetensors.torch.load_file(path)
     except OSError as error:
@@ -193,6 +204,9 @@ def _own(path: Path) -> str:
 
 def _advice(path: Path) -> str:
     """What a refused file is, in words, and what to do; "" where that cannot be told. Nothing in it is run."""
+    with path.open("rb") as file:
+        if file.read(100).lstrip().lower().startswith((b"version https://git-lfs", b"<!doctype", b"<html")):
+            return "it is a web page or a pointer of Git LFS in place of the file: download that (git lfs pull)"
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}

@@ -34,6 +34,29 @@ def write(audits: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     `audits` are what `frlkit.audit.audit` returns. Of several, the first is what the others are compared with, and
     each has a ``title``. Raises `KitError` where there is none, or where they are not of the same classes and attack.
     """
+    known = _alike(audits)
+    parts: list[dict[str, Any]] = []
+    files = {}
+    for number, audit in enumerate(known):
+        found, suffix = summary(audit), f"_{number}" * (len(known) > 1)
+        pictures = _pictures(audit, found)
+        files |= {f"card_{name}{suffix}": both for name, both in pictures.items()}
+        inline = {name: _inline(both) for name, both in pictures.items()}
+        parts.append({"audit": audit, "summary": found, "pictures": inline, "says": words.sentences(audit, found)})
+    versus = comparison(known)
+    if versus:
+        files["card_compared"] = draw.compared(known, np.argsort(-np.array(known[0]["robust"])).tolist())
+        versus |= {"picture": _inline(files["card_compared"])}
+    for name, both in files.items():
+        checkpoint.write_atomically(folder / f"{name}.png", both["light"])
+    kept = [{**part["audit"], "summary": part["summary"], "says": part["says"]} for part in parts]
+    checkpoint.write_json(folder / "card.json", kept)
+    checkpoint.write_atomically(folder / FILE, _page(parts, versus).encode())
+    return folder / FILE
+
+
+def _alike(audits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The audits, each with a title; `KitError` where they cannot stand side by side."""
     if not audits:
         raise KitError("a report card needs an audit: give a list of one or more")
     known = [{"title": names.plain(audit.get("title") or audit["reading"]["model"]), **audit} for audit in audits]
@@ -42,37 +65,26 @@ def write(audits: Sequence[Mapping[str, Any]], folder: Path) -> Path:
             raise KitError(f"{audit['title']} has another {other[0]} than {known[0]['title']}: audit both alike")
     if twice := [title for title, count in Counter(audit["title"] for audit in known).items() if count > 1]:
         raise KitError(f"title = {twice[0]!r} is there twice: give each audit of a card a title of its own")
-    parts, files = [], {}
-    for number, audit in enumerate(known):
-        found = summary(audit)
-        pictures, curve = {}, audit["curve"]
-        order = [each["number"] for each in found["classes"]]
-        in_order = [found["classes"][order.index(k)]["robust_interval"] for k in range(len(order))]
-        pictures["classes"] = draw.class_bars(audit, order, in_order)
-        pictures["confusion"] = draw.confusion(audit)
-        radii = [point["eps_255"] for point in curve]
-        pictures["curve"] = draw.lines(audit, radii, [p["robust"] for p in curve], (), "radius ε of the attack (1/255)")
-        if rungs := audit.get("ladder"):
-            ticks = [str(rung["rung"]).replace(", ", ",\n", 1).replace(" (", "\n(") for rung in rungs]
-            errors = [rung["robust"] for rung in rungs]
-            pictures["ladder"] = draw.lines(audit, range(len(rungs)), errors, ticks, "attack, ever stronger")
-        if "verified" in audit.get("certified", {}):
-            pictures["certified"] = draw.certified(audit, order)
-        suffix = f"_{number}" if len(known) > 1 else ""
-        files |= {f"card_{name}{suffix}": both for name, both in pictures.items()}
-        inline = {name: _inline(both) for name, both in pictures.items()}
-        parts.append({"audit": audit, "summary": found, "pictures": inline, "says": words.sentences(audit, found)})
-    versus = comparison(known)
-    if versus:
-        worst_first = np.argsort(-np.array(known[0]["robust"])).tolist()
-        files["card_compared"] = draw.compared(known, worst_first)
-        versus |= {"picture": _inline(files["card_compared"])}
-    for name, both in files.items():
-        checkpoint.write_atomically(folder / f"{name}.png", both["light"])
-    kept = [{**part["audit"], "summary": part["summary"], "says": part["says"]} for part in parts]
-    checkpoint.write_json(folder / "card.json", kept)
-    checkpoint.write_atomically(folder / FILE, _page(parts, versus).encode())
-    return folder / FILE
+    return known
+
+
+def _pictures(audit: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """An audit's pictures by name, as `card_figures.drawn` gives them."""
+    order = [each["number"] for each in found["classes"]]
+    intervals = [each["robust_interval"] for each in sorted(found["classes"], key=lambda each: each["number"])]
+    radii, errors = zip(*((point["eps_255"], point["robust"]) for point in audit["curve"]), strict=True)
+    pictures = {
+        "classes": draw.class_bars(audit, order, intervals),
+        "confusion": draw.confusion(audit),
+        "curve": draw.lines(audit, radii, errors, (), "radius ε of the attack (1/255)"),
+    }
+    if rungs := audit.get("ladder"):
+        ticks = [str(rung["rung"]).replace(", ", ",\n", 1).replace(" (", "\n(") for rung in rungs]
+        errors = [rung["robust"] for rung in rungs]
+        pictures["ladder"] = draw.lines(audit, range(len(rungs)), errors, ticks, "attack, ever stronger")
+    if "verified" in audit.get("certified", {}):
+        pictures["certified"] = draw.certified(audit, order)
+    return pictures
 
 
 def _inline(both: Mapping[str, bytes]) -> dict[str, str]:
@@ -88,10 +100,13 @@ def _page(parts: Sequence[Mapping[str, Any]], versus: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: value.replace(" %", "\u00a0%") if isinstance(value, str) else value,  # on one line
     )
     environment.filters |= {"percent": words.percent, "bracket": _bracket, "named": words.named, "took": took}
     environment.globals |= {"attack": lambda values: str(Attack(**values)), "dataset": names.dataset}
-    return environment.get_template("card.html.j2").render(parts=parts, versus=versus, limit=draw.LISTED)
+    return environment.get_template("card.html.j2").render(
+        parts=parts, versus=versus, limit=draw.LISTED, most=draw.MATRIX
+    )
 
 
 def _bracket(interval: Sequence[float]) -> str:
@@ -119,7 +134,6 @@ def summary(audit: Mapping[str, Any]) -> dict[str, Any]:
     wrong = {kind: np.round(np.array(audit[kind]) * images).astype(int) for kind in ("natural", "boundary", "robust")}
     intervals = {kind: statistics.wilson(counts, images) for kind, counts in wrong.items()}
     worst, p = statistics.hardest(wrong["robust"], images)
-    rivals = [k for k in range(len(images)) if k != worst and p[k] >= LEVEL]
     taken = np.array(audit["confusion"]["robust"])[:, : len(images)].copy()
     np.fill_diagonal(taken, 0)
     classes = [
@@ -134,6 +148,7 @@ def summary(audit: Mapping[str, Any]) -> dict[str, Any]:
     flat = np.argsort(-(taken / images[:, None]), axis=None, kind="stable")[:PAIRS]
     pairs = [tuple(map(int, np.unravel_index(place, taken.shape))) for place in flat]
     other = [float(p[k]) for k in range(len(images)) if k != worst]
+    rivals = [each["number"] for each in classes if each["number"] != worst and p[each["number"]] >= LEVEL]
     return {
         "classes": classes,
         "hardest": {"class": worst, "p": max(other), "established": not rivals, "not_told_from": rivals},

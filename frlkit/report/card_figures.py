@@ -91,7 +91,7 @@ def confusion(audit: Mapping[str, Any]) -> Any:
         shares = 100 * table / np.maximum(np.array(audit["labels_per_class"])[:MATRIX, None], 1)
         off = np.where(np.eye(*shares.shape, dtype=bool), np.nan, shares)  # the right ones would outshine all
         few = len(table) <= NAMED
-        side = WIDTH - 0.3 if few else WIDTH
+        side = min(WIDTH - 0.3, 1.5 + 0.5 * len(table)) if few else WIDTH - 0.7  # a colour bar beside it
         figure, axis = plt.subplots(figsize=(WIDTH, side), layout="constrained")
         top = max(float(np.nanmax(off)), 1e-9)
         picture = axis.imshow(off, cmap=_MAPS[scheme], vmin=0, vmax=top)
@@ -103,7 +103,8 @@ def confusion(audit: Mapping[str, Any]) -> Any:
         else:
             figure.colorbar(picture, ax=axis, shrink=0.6, label="% of the row's images")
         _ticks(axis, audit["class_names"][:MATRIX])
-        axis.set(xlabel="taken for (target)", ylabel="true class (source)")
+        said = ", by number" * (len(table) > LISTED)
+        axis.set(xlabel=f"taken for (target{said})", ylabel=f"true class (source{said})")
         return figure
 
     return drawn(draw)

@@ -31,8 +31,13 @@ def sentences(audit: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, s
     eps = f"{audit['attack']['eps_255']:g}/255"
     worst, easiest, spread = found["classes"][0], found["classes"][-1], found["spread"]
     alike = worst["robust"] == easiest["robust"]
-    hit = f"{called[worst['number']]} is hit hardest, {percent(worst['robust'])}; {called[easiest['number']]} least, "
-    hit = f"All classes are hit alike, {percent(worst['robust'])}." if alike else f"{hit}{percent(easiest['robust'])}."
+    hardest, least = (f"{called[each['number']]}, {percent(each['robust'])}" for each in (worst, easiest))
+    if alike:
+        hit = f"All classes are hit alike, {percent(worst['robust'])}."
+    elif found["hardest"]["established"]:
+        hit = f"Hit hardest is {hardest}; least {least}."
+    else:
+        hit = f"The largest error is that of {hardest} of its {worst['images']} images; the smallest of {least}."
     says = {
         "headline": f"On the images as they are, {percent(spread['natural']['average'])} are misclassified (mean over "
         f"classes); when every pixel may be changed by up to {eps}, {percent(spread['robust']['average'])}. {hit}",
@@ -86,10 +91,14 @@ def _taken(found: Mapping[str, Any], called: Sequence[str]) -> str:
     if not found["pairs"]:
         return "The attack fools no image, so no class is taken for another."
     first, sink = found["pairs"][0], int(np.argmax(found["receives"]))
+    often = (
+        f"{called[first['source']]} is taken for {called[first['target']]} in {percent(first['share'])} of its images"
+    )
+    if len(called) == 2:
+        return f"Under attack {often}. With two classes, a mistake can only be the other one."
     return (
-        f"Under attack {called[first['source']]} is taken for {called[first['target']]} in {percent(first['share'])} "
-        f"of its images, more than for any other pair; {called[sink]} receives {percent(found['receives'][sink])} of "
-        "all mistakes."
+        f"Under attack {often}, and no pair is more frequent; {called[sink]} receives "
+        f"{percent(found['receives'][sink])} of all mistakes."
     )
 
 

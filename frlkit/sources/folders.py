@@ -132,9 +132,16 @@ def _folders(place: Path) -> Source:
             continue
         _once(place, part, parts)
         classes, loose = _entries(folder, skipped)
-        others += loose
         above = (place.resolve(), folder.resolve())
-        parts[part] = {one.name: [Item(str(f), f.read_bytes) for f in _images(one, skipped, above)] for one in classes}
+        found = {one.name: _images(one, skipped, above) for one in classes}
+        sheets = [file for file in loose if file.name.endswith("_annotations.txt")]
+        if sheets and len(found) == 1:
+            found, loose = _by_sheet(sheets[0], *found.values(), skipped), [f for f in loose if f != sheets[0]]
+        others += loose
+        parts[part] = {name: [Item(str(f), f.read_bytes) for f in files] for name, files in found.items()}
+    if "validation" in parts and [*parts.get("test", ())] == ["images"]:
+        skipped["test images without labels (so val is the test)", place / "test"] += len(parts["test"]["images"])
+        parts["test"] = parts.pop("validation")
     skipped.update((_kind(file), file.parent) for file in others)
     for part, classes in parts.items():
         _same_classes(place, part, sorted(classes), sorted(parts.get("train", classes)))
@@ -152,6 +159,19 @@ def _folders(place: Path) -> Source:
     if said:
         source.notes.append(f"skipped {'; '.join(said)}")
     return source
+
+
+def _by_sheet(sheet: Path, files: list[Path], skipped: Counter[tuple[str, Path]]) -> dict[str, list[Path]]:
+    """A part's images by class where a table says it, FILE, tab, CLASS, as beside Tiny ImageNet's val/images."""
+    rows = [line.split("\t") for line in sheet.read_text(encoding="utf-8").splitlines()]
+    class_of = {row[0]: row[1] for row in rows if len(row) > 1}
+    if without := [file.name for file in files if file.name not in class_of]:
+        raise KitError(f"{sheet} says no class of {listed(without, 3)}: add a line for each, FILE, tab, CLASS")
+    skipped["lines of images that are not there", sheet.parent] += len(class_of) - len(files)
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        found.setdefault(class_of[file.name], []).append(file)
+    return found
 
 
 def _once(place: Path, part: str, found: Container[str]) -> None:
@@ -274,11 +294,7 @@ def _arrow(place: Path) -> Source:
             raise KitError(
                 f"{place} has labels {listed(strange)} in {split!r}, of {len(names)} classes: label or drop them"
             )
-        cells = table.column(image)
-        items = [Item(f"{split}[{number}]", partial(_cell, cells, number)) for number in range(len(cells))]
+        read = partial(lambda cells, number: cells[number].as_py()["bytes"], table.column(image))
+        items = [Item(f"{split}[{number}]", partial(read, number)) for number in range(len(labels))]
         source.class_names, source.parts[part] = names, Part(items, torch.tensor(labels))
     return source
-
-
-def _cell(cells: Any, number: int) -> bytes:
-    return cells[number].as_py()["bytes"]
