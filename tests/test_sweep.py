@@ -59,6 +59,13 @@ def names(planned: Sequence[Run]) -> list[str]:
     return [run.name for run in planned]
 
 
+#: Ten short lines whose list is written out a hundred million long.
+BOMB = "{a: &a [x, x, x, x, x, x, x, x, x]" + "".join(
+    f", {name}: &{name} [{', '.join(9 * [f'*{before}'])}]" for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+BOMB += "}"
+
+
 class TestPlan:
     def test_every_combination_under_the_notebooks_names(self, tmp_path: Path) -> None:
         text = "grid: [{recipe: report_reweight, alpha_nat: [1, 5.0], alpha_bdy: [0.5, 5], seed: [0, 2]}]"
@@ -141,7 +148,14 @@ class TestPlan:
             ("grid: [{recipe: natural, seed: !!timestamp x}]", "cannot be read"),
             ("grid: [{recipe: natural, seed: 2020-13-45}]", "cannot be read"),
             ("grid: [{recipe: natural, seed: " + 5000 * "9" + "}]", "cannot be read"),
+            ("grid: [{recipe: natural, seed: 0x" + 5000 * "f" + "}]", "it has a value of more than 1,000 characters"),
+            (f"grid: [{{recipe: {5000 * 'x'}}}]", "it has a value of more than 1,000 characters"),
             ("grid: " + 5000 * "[", "cannot be read"),
+            (
+                f"grid: [{{recipe: natural, values: {{epochs: {BOMB}}}}}]",
+                "epochs = {'a': ['x', 'x', 'x', 'x', 'x', 'x'",
+            ),
+            (f"grid: [{BOMB}]", "is no entry of a grid"),
             ("grid: [{5: 6}]", "is no entry of a grid"),
             *(
                 (f"grid: [{{recipe: natural, values: {{{key}: 3}}}}]", f"{key} is not allowed among values")
