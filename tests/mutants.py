@@ -192,6 +192,7 @@ MUTANTS = [
     ),
     Mutant("another order is another run", "runs.py", 'frozenset(name.split(","))', "frozenset(name)", "test_runs.py"),
     Mutant("the last of two values counts", "recipes.py", "if key in varied:", "if False:", "test_values.py"),
+    Mutant("a refusal may fill a page", "values.py", "_SHORT.repr(value)", "repr(value)", "test_values.py"),
     Mutant("True is a number", "values.py", "ConfigDict(strict=True,", "ConfigDict(strict=False,", "test_values.py"),
 ]
 

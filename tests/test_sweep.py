@@ -238,16 +238,19 @@ class TestPlan:
         with pytest.raises(KitError, match="epochs is 3 there and 15 here"):
             sweeps.plan(path, tmp_path)
 
-    def test_a_record_with_one_attack_is_not_done(self, tmp_path: Path) -> None:
-        (run,) = sweeps.plan(written(tmp_path, "grid: [{recipe: natural, dataset: digits}]"), tmp_path)
+    @pytest.mark.parametrize(("dataset", "count"), [("digits", 3), ("gtsrb", 4)])
+    def test_a_record_that_lacks_an_attack_is_not_done(self, tmp_path: Path, dataset: str, count: int) -> None:
+        (run,) = sweeps.plan(written(tmp_path, f"grid: [{{recipe: natural, dataset: {dataset}}}]"), tmp_path)
         assert not run.done
         finish(run)
         assert run.done
-        record = json.loads((run.folder / "record.json").read_text(encoding="utf-8"))
-        (run.folder / "record.json").write_text(
-            json.dumps({**record, "attacks": record["attacks"][:1]}), encoding="utf-8"
-        )
-        assert not run.done
+        path = run.folder / "record.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert len(record["attacks"]) == count
+        for missing in range(count):
+            attacks = record["attacks"][:missing] + record["attacks"][missing + 1 :]
+            path.write_text(json.dumps({**record, "attacks": attacks}), encoding="utf-8")
+            assert not run.done
 
     @pytest.mark.parametrize(
         "left", ["run.lock", "checkpoint.pt", "checkpoint.previous.pt", "record.json.0123abcd.tmp"]
@@ -321,13 +324,11 @@ def finish(run: Run, *, seconds: float = 1.0, threads: int = 1, config: dict[str
     """What a finished run leaves, as far as a plan looks at it."""
     from dataclasses import asdict
 
-    from frlkit.evaluation import STANDARD
-
     made = {**recipes.described(run.config), **(config or {})}
     run.folder.mkdir(parents=True)
     (run.folder / runs.WEIGHTS).touch()
     errors: dict[str, Any] = {"robust": [0.2, 0.3], "boundary": [0.1, 0.1], "confusion": [[8, 2], [3, 7]]}
-    attacks = [{"attack": asdict(attack), **errors} for attack in STANDARD]
+    attacks = [{"attack": asdict(attack), **errors} for attack in runs.attacks_on(run.config)]
     record = {"config": made, "dataset": run.config.dataset, "class_names": ["0", "1"], "attacks": attacks}
     record |= {"training_counts": [800, 1000], "images": 200, "class_counts": [10, 10], "natural": [0.1, 0.2]}
     (run.folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
@@ -351,10 +352,10 @@ class TestDryRun:
         left = [f"left  digits/natural/seed{seed}" for seed in (2, 3)]
         assert listed == [*done, *left, "left  digits/trades/seed0"]
         # an image takes 1/30 s: each of natural's epochs 1,800 to train and 2,000 to validate, of trades' 19,800 and
-        # 2,000, and 8,000 at the end of each run; on two processes
-        seconds = (2 * (10 * 3800 + 8000) + 15 * 21800 + 8000) / 30 / 2
-        assert seconds == pytest.approx(119 * 60, abs=30)
-        assert last == "5 runs, 2 done, 3 left; time on 2 processes: about 1 h 59 min"
+        # 2,000, and 12,000 at the end of each run; on two processes
+        seconds = (2 * (10 * 3800 + 12000) + 15 * 21800 + 12000) / 30 / 2
+        assert seconds == pytest.approx(122 * 60, abs=30)
+        assert last == "5 runs, 2 done, 3 left; time on 2 processes: about 2 h 2 min"
         assert sorted(runs.rglob("*")) == before
 
     def test_nothing_finished(self, tmp_path: Path) -> None:
@@ -368,7 +369,7 @@ class TestDryRun:
         finish(planned[0], seconds=3, threads=2)
         finish(planned[-1], seconds=100)
         each = 3 * 2 / 1800  # natural's own, as one thread takes it
-        assert sweeps.estimate(planned, tmp_path, 4) == pytest.approx(3 * (10 * 3800 + 8000) * each / 4)
+        assert sweeps.estimate(planned, tmp_path, 4) == pytest.approx(3 * (10 * 3800 + 12000) * each / 4)
 
     @pytest.mark.parametrize(
         ("recipe", "training", "validating"),
@@ -803,6 +804,7 @@ class TestReceived:
         [
             ("history.json", lambda content: content.update(epochs=content["epochs"][:1])),
             ("record.json", lambda content: content.update(attacks=content["attacks"][:1])),
+            ("record.json", lambda content: content.update(attacks=content["attacks"][:-1])),
             ("record.json", lambda content: content.update(weights_sha256="0" * 64)),
             ("record.json", lambda content: content.update(natural=[1.0] * 10)),
             ("record.json", lambda content: content.pop("natural")),
@@ -816,7 +818,16 @@ class TestReceived:
             ("history.json", lambda content: [epoch.update(validation=TWO) for epoch in content["epochs"]]),
         ],
         ids=[
-            *("epochs missing", "attacks missing", "other weights", "errors", "no errors", "robust", "boundary"),
+            *(
+                "epochs missing",
+                "attacks missing",
+                "attack missing",
+                "other weights",
+                "errors",
+                "no errors",
+                "robust",
+                "boundary",
+            ),
             *("counts", "other data set", "other images", "history of other images", "no validation", "two classes"),
         ],
     )

@@ -217,7 +217,7 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
     if records.OUTCOMES in files and not kept:
         raise KitError("the worker's outcomes are of other weights than it sent")
     done = {Attack(**entry["attack"]) for entry in record["attacks"]}
-    if len(history["epochs"]) != run.config.epochs or not done >= set(records.standard(run.config.dataset)):
+    if len(history["epochs"]) != run.config.epochs or not done >= set(runs.attacks_on(run.config)):
         raise KitError("the worker sent an unfinished run")
     with disk.only_one(run.folder):
         for name in runs.FILES:

@@ -84,7 +84,7 @@ class Run:
             runs.refuse_other_images(path, record, own.with_validation(self.config.validation))
         # a kill between two attacks leaves a record with the first, one after the last a lock or the checkpoints
         attacks = {Attack(**entry["attack"]) for entry in record["attacks"]}
-        return attacks >= set(records.standard(self.config.dataset)) and runs.at_rest(self.folder)
+        return attacks >= set(runs.attacks_on(self.config)) and runs.at_rest(self.folder)
 
 
 #: Carries runs out; yields each one's folder, what went wrong or nothing, and what it said on the way.
@@ -216,7 +216,7 @@ def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
             if not taken:
                 return None
             training, validating = _passes(run.config, sizes[key][0])
-            tested = sizes[key][1] * sum(attack.steps for attack in records.standard(run.config.dataset))
+            tested = sizes[key][1] * sum(attack.steps for attack in runs.attacks_on(run.config))
             total += (run.config.epochs * (training + validating) + tested) * statistics.median(taken)
     return total / workers
 
