@@ -2,13 +2,16 @@
 
     FRLKIT_DATA=... OMP_NUM_THREADS=1 python benchmarks/certificates.py --json benchmarks/certificates.json
 
-Both bound the same margins of the same images, one image at a time and in turns, so that a busy machine is as hard on
-one as on the other, in seconds of the processor; how far the bounds are apart is said beside.
+The library: a clone of github.com/Verified-Intelligence/auto_LiRPA on PYTHONPATH, with graphviz, sortedcontainers,
+appdirs and ninja beside it. Both bound the same margins of the same images, one image at a time and in turns, so that
+a busy machine is as hard on one as on the other, in seconds of the processor; how far the bounds are apart is said
+beside.
 """
 
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import frlkit
 # isort: split
 import torch
 import torch.nn.functional as F
+from epoch import processor
 from torch import Tensor, nn
 
 from frlkit import checkpoint, data, records, runs
@@ -75,12 +79,14 @@ def main(images: int, out: Path | None) -> None:
             found = bound(x, y)[0].detach()
             seconds[name].append(time.process_time() - began)
             bounds[name].append(float(found[torch.arange(10) != y].min()))
+    library = import_module("auto_LiRPA").__version__ if find_spec("auto_LiRPA") else None
     result = {
+        "device": processor(),
         "images": images,
         "threads": torch.get_num_threads(),
         "seconds": {name: {"least": min(s), "median": float(np.median(s))} for name, s in seconds.items()},
         "mean_least_margin": {name: float(np.mean(found)) for name, found in bounds.items()},
-        "versions": records.versions(),
+        "versions": {**records.versions(), "auto_LiRPA": library},
     }
     for name in methods:
         click.echo(f"{name}: {min(seconds[name]):.2f} s an image, mean bound {np.mean(bounds[name]):.2f}")

@@ -196,10 +196,16 @@ def _finish(config: Config, data: Dataset, place: Path) -> nn.Module:
         if main:
             model = load(place, config, data.train.labels.device)
             refuse_other_images(place / "history.json", records.read_history(place / "history.json"), data)
-            attacks = records.standard(data.name, preliminary=not isinstance(config, FairConfig))
-            records.evaluate(model, data, attacks, path=place / "record.json", about={"config": described(config)})
+            records.evaluate(
+                model, data, attacks_on(config), path=place / "record.json", about={"config": described(config)}
+            )
             checkpoint.remove(place / "checkpoint.pt")
     return model if main else load(place, config, data.train.labels.device)
+
+
+def attacks_on(config: Config) -> tuple[Attack, ...]:
+    """The attacks that a finished run's record has, at least."""
+    return records.standard(config.dataset, preliminary=not isinstance(config, FairConfig))
 
 
 def write_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], classes: int) -> None:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 import types
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
@@ -84,7 +85,19 @@ def sentence(error: ValidationError, fields: dict[str, FieldInfo], owner: str, n
     if first["type"] == "missing":
         return f"{name} is missing: give {allowed(fields[name])}"
     word = "unknown" if first["type"] == "literal_error" else "not allowed"
-    return f"{name} = {first['input']!r} is {word}: use {allowed(fields[name])}"
+    return f"{name} = {shown(first['input'])} is {word}: use {allowed(fields[name])}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 300
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: cut where it is long or deep."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python's own limit of 4,300 digits
+        return "a number of thousands of digits"
 
 
 def allowed(field: FieldInfo) -> str:

@@ -109,7 +109,7 @@ MUTANTS = [
         *("training.py", "stream(config.seed, epoch, START,", "stream(config.seed, 0, START,", TRAINING),
     ),
     Mutant("the rate never falls", "training.py", "** (int(epoch) // config.lr_every)", "** 0", TRAINING),
-    Mutant("TRADES without beta", "losses.py", "+ config.beta * divergence", "+ divergence", TRAINING),
+    Mutant("TRADES without beta", "losses.py", "+ config.beta * (", "+ (", TRAINING),
     Mutant("training in eval mode", "training.py", "    model.train()\n", "    model.eval()\n", TRAINING),
     Mutant("the last images are left out", "training.py", "batches[first:last]", "batches[first : last - 1]", TRAINING),
     Mutant("optimiser not stored", "training.py", '"optimizer": self.optimizer.state_dict(),', "", TRAINING),
@@ -192,6 +192,7 @@ MUTANTS = [
     ),
     Mutant("another order is another run", "runs.py", 'frozenset(name.split(","))', "frozenset(name)", "test_runs.py"),
     Mutant("the last of two values counts", "recipes.py", "if key in varied:", "if False:", "test_values.py"),
+    Mutant("a refusal may fill a page", "values.py", "_SHORT.repr(value)", "repr(value)", "test_values.py"),
     Mutant("True is a number", "values.py", "ConfigDict(strict=True,", "ConfigDict(strict=False,", "test_values.py"),
 ]
 

@@ -533,34 +533,43 @@ class TestMirror:
 
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from frlkit import disk
 with disk.only_one(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
+    print("free", flush=True)
 """
 
 
-def holder(folder: Path, seconds: float) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), str(seconds)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """A process that holds a run's folder until its input ends."""
+    environment, pipe = {**os.environ, "PYTHONPATH": str(PROJECT)}, subprocess.PIPE
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
 
 
-def test_a_second_process_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with holder(tmp_path, 1.0) as process, disk.only_one(tmp_path):
-        assert process.wait(timeout=10) == 0  # inside only once the other is through
+def test_a_second_process_waits_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with holder(tmp_path) as process:
+        sleep = disk.time.sleep
+        # it waits: only now does the other let go
+        monkeypatch.setattr(disk.time, "sleep", lambda seconds: (process.stdin.close(), sleep(seconds)))
+        with disk.only_one(tmp_path):
+            assert (
+                process.stdin.closed and process.stdout.readline() == "free\n"
+            )  # inside only once the other is through
     assert "another process works on" in capsys.readouterr().out
     assert not (tmp_path / "run.lock").exists()
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with holder(tmp_path, 300) as process:
+    with holder(tmp_path) as process:
         process.kill()
         process.wait()
         with disk.only_one(tmp_path):

@@ -366,7 +366,7 @@ class TestAsAProcess:
     def run(self, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
         command = [sys.executable, "-m", "frlkit", *words]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
     def test_an_error_is_one_line_on_stderr(self, tmp_path: Path) -> None:
         done = self.run("train", "fgsm", "--dataset", "digits", "--runs", "runs", cwd=tmp_path)
@@ -489,17 +489,18 @@ main(["sweep"])
     run = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
     assert run.stdout is not None and run.stdout.readline() == "there\n"
     run.send_signal(signal.SIGINT)
-    for _ in range(300 * twice):  # two that come at once are one
+    for _ in range(1500 * twice):  # two that come at once are one
         time.sleep(0.2)
         if run.poll() is not None:
             break
         run.send_signal(signal.SIGINT)
     try:
-        said = set(run.communicate(timeout=60)[1].splitlines())  # a second time where the process's end hangs
+        said = set(run.communicate(timeout=300)[1].splitlines())  # a second time where the process's end hangs
         assert said == {"Error: interrupted; the same command goes on from here"}
     finally:
         run.kill()
-    assert run.returncode == 130
+    # One that comes when Python has put down its handlers ends it as the same, to a shell.
+    assert run.returncode in (130, -signal.SIGINT) if twice else run.returncode == 130
 
 
 def test_a_sweep_that_nobody_interrupts_ends_as_it_does() -> None:

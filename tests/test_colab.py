@@ -81,6 +81,21 @@ class Visible(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Visible
 """
+# Keeps a session as it is when this file has come to be, until it is killed.
+STOP = """
+import os, time
+
+replace, place = os.replace, os.environ.get("PLAYED_STOP")
+
+
+def stop(source, target, **named):
+    replace(source, target, **named)
+    if place and os.path.realpath(target) == place:
+        time.sleep(3600)
+
+
+os.replace = stop
+"""
 
 
 @dataclass(frozen=True)
@@ -157,7 +172,7 @@ class Session:
         while not file.exists():
             assert self.process.poll() is None, self.process.communicate()[1][-3000:]
             assert time.monotonic() < deadline, f"{file} did not appear"
-            time.sleep(0.002)
+            time.sleep(0.05)
         self.kernel().send_signal(signal.SIGKILL)
         self.process.communicate(timeout=300)
         assert self.process.returncode != 0
@@ -170,7 +185,7 @@ class Machines:
     colab: Colab
     started: list[Session]
 
-    def open(self, source: Path, folder: Path, drive: Path, epochs: int = 2) -> Session:
+    def open(self, source: Path, folder: Path, drive: Path, epochs: int = 2, **variables: str) -> Session:
         """A session that runs a notebook in `folder`, with everything of its own fetched anew unless it is there."""
         for place in (folder, drive):
             place.mkdir(parents=True, exist_ok=True)
@@ -179,7 +194,7 @@ class Machines:
         process = subprocess.Popen(
             [*map(str, words), "-k", "python3", "-f", str(SMOKE), "-y", values],
             cwd=folder,
-            env=self.colab.variables(folder, drive),
+            env={**self.colab.variables(folder, drive), **variables},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -233,8 +248,9 @@ def colab(tmp_path_factory: pytest.TempPathFactory) -> Colab:
     }.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / f"{name}.py").write_text(text, encoding="utf-8")
-    (site / "played_missing.py").write_text(HIDE, encoding="utf-8")
-    (site / "played_missing.pth").write_text("import played_missing\n", encoding="utf-8")
+    for name, text in {"played_missing": HIDE, "played_stop": STOP}.items():
+        (site / f"{name}.py").write_text(text, encoding="utf-8")
+        (site / f"{name}.pth").write_text(f"import {name}\n", encoding="utf-8")
 
     # It holds the working tree as it is, committed or not, but for shipped runs and figures.
     repository = place / "kit.git"
@@ -444,9 +460,10 @@ def test_a_lost_session_goes_on_in_a_new_one(machines: Machines, tmp_path: Path)
     expected = finished_runs(straight / "frlkit" / "checkpoints" / "digits")
     assert list(expected) == ["natural/seed0", interrupted]
 
-    session = machines.open(source, tmp_path / "lost", broken)
     kept = broken / "frlkit" / "checkpoints" / "digits"
     run = kept / interrupted
+    stop = str(run.resolve() / "checkpoint.pt")  # or the next epoch might come before the kill
+    session = machines.open(source, tmp_path / "lost", broken, PLAYED_STOP=stop)
     session.kill_kernel_when(run / "checkpoint.pt")
     assert not (run / runs.WEIGHTS).exists()
     shutil.rmtree(session.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -53,6 +54,19 @@ def test_a_figure_with_three_seeds_does_not_say_five(records: dict[str, Any]) ->
     assert any("whiskers ± sd over 3 to 5 seeds" in text for text in found)
     assert "Report's Remargin (3 seeds)" in found
     assert "PGD-AT (5 seeds)" in found
+
+
+def test_many_classes_stay_legible_and_signs_have_their_radius() -> None:
+    place = SHIPPED.parent / "gtsrb"
+    read_one = {r: [json.loads((place / r / "seed0/record.json").read_text("utf-8"))] for r in ("natural", "pgd_at")}
+    errors = tables.tidy(read_one)
+    order = list(dict.fromkeys(errors["class"]))
+    assert len(order) == 43
+    figure = figures.class_bars(errors, order, "note")
+    assert {"natural", "PGD-20 12/255", "PGD-20 16/255"} <= set(words(figure))
+    for axis in figure.axes:
+        boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ reproduce.reproduce("digits", Path({str(output)!r}), profile="smoke")
     process = subprocess.Popen([sys.executable, "-c", words], env=environment, stdout=subprocess.DEVNULL)
     try:
         started = output / "unfinished" / "01_small_digits_smoke" / "started"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not started.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -265,9 +266,23 @@ class TestRendered:
         records = self.made()
         text, markdown = (tables.rendered(records, kind) for kind in ("text", "markdown"))
         assert "one two|three $x$" in text
-        assert "one two\\|three $x$" in markdown
+        assert r"one two\|three \$x\$" in markdown
         assert len(markdown.splitlines()) == 3
         assert {line.replace("\\|", "").count("|") for line in markdown.splitlines()} == {1 + 3 + 3 * 5}
+
+    def test_markdown_says_names_as_they_are(self) -> None:
+        """As a renderer of Markdown understands them; a recipe's underscores are no emphasis anyway."""
+        import mistune
+
+        records = self.made()["fashion_mnist"]["natural"]
+        name = r"$x_1$ & \frac `tick` *a* __b__ [l](u) <b>|x|</b> ~~s~~"
+        records[0]["class_names"][6] = name
+        written = tables.rendered({f"folder:{name}": {"natural,lr=0.1": records}}, "markdown")
+        render = mistune.create_markdown(plugins=["table", "strikethrough", "math"])
+        cells = re.findall(r"<td>(.*?)</td>", render(written))
+        assert [html.unescape(cell) for cell in cells].count(name) == 3
+        assert html.unescape(cells[0]) == f"folder:{name}"
+        assert cells[1] == "natural,lr=0.1"
 
     def test_csv_and_json_are_the_same_numbers(self) -> None:
         from io import StringIO

@@ -67,12 +67,20 @@ class TestSentences:
             ({"word": "left", "flag": 1}, "flag = 1 is not allowed: use True or False"),
             ({"word": "left", "pair": 3}, "pair = 3 is odd"),
             ({"word": "left", "colour": 3}, "'colour' is no field of Sample: use word, whole, above"),
+            ({"word": "left", "whole": 1 << 20_000}, "whole = a number of thousands of digits is not allowed"),
+            ({"word": "left", "whole": [[[10 * ["deep"]]]]}, "whole = [[[['deep', 'deep', 'deep', 'deep', 'deep', "),
             ({"word": "left", "listed": [0.5, 2.0]}, "listed = 2.0 is not allowed: use a list whose items are each"),
         ],
     )
     def test_a_refusal(self, values: dict[str, Any], said: str) -> None:
         with pytest.raises(KitError, match=f"^{re.escape(said)}"):
             Sample(**values)
+
+    @pytest.mark.parametrize("value", ["x" * 10**6, [["x" * 200] * 100] * 100], ids=["long", "wide"])
+    def test_a_refusal_is_no_page(self, value: Any) -> None:
+        with pytest.raises(KitError, match=r"^word = .*\.\.\..* is unknown: use one of left, right$") as caught:
+            Sample(value)
+        assert len(str(caught.value)) < 10_000
 
     def test_values_given_in_order_are_named(self) -> None:
         for values, name in ((("up",), "word"), (("left", 0.5), "whole"), (("left", 1, -1.0), "above")):

@@ -237,6 +237,21 @@ def colour_formats() -> str:
     return tables.markdown(head, [[name, value] for name, value in changed.items()])
 
 
+def certificates() -> str:
+    """Seconds an image and tightness of CROWN's bounds, beside another library's: ``benchmarks/certificates.json``."""
+    path = PROJECT / "benchmarks" / "certificates.json"
+    if not path.exists():
+        return UNMEASURED
+    found = json.loads(path.read_text(encoding="utf-8"))
+    plain = found["seconds"]["frlkit, CROWN"]
+    lines = []
+    for name, seconds in found["seconds"].items():
+        cells = [f"{seconds[kind]:.2f} ({seconds[kind] / plain[kind]:.1f} ×)" for kind in ("least", "median")]
+        lines.append([name, *cells, f"{found['mean_least_margin'][name]:.2f}"])
+    head = f"{found['device']}, {found['threads']} thread; {found['images']} images, 8/255"
+    return tables.markdown([head, "least s an image", "median s an image", "mean bound of the least margin"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "disparity": disparity,
     "fairness": fairness,
@@ -247,6 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "split": split,
     "steps": steps,
     "formats": colour_formats,
+    "certificates": certificates,
     "coverage": coverage.table,
     "matrix": matrix.table,
     "carried": matrix.carried,

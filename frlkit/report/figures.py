@@ -18,6 +18,8 @@ from frlkit.report.names import title
 from frlkit.report.tables import MEASURES
 
 COLOURS = ("#4c72b0", "#dd8452", "#8c2d04")  # natural, then robust at growing radii
+SIGNS = "PGD-20 12/255"  # at the radius that the paper's traffic signs are trained with
+MANY = 20  # classes
 
 
 def literal(name: object) -> str:
@@ -52,14 +54,19 @@ def _named(recipe: str, counts: pd.Series) -> str:
 def class_bars(errors: pd.DataFrame, order: Sequence[str], note: str) -> Figure:
     """Class-wise error bars, one panel per recipe: natural and under PGD at both radii.
 
-    `errors` is `tables.tidy`'s; `order` sorts the classes, `note` says what data these are.
+    `errors` is `tables.tidy`'s; `order` sorts the classes, `note` says what data these are. The radius that signs are
+    trained at takes the place of 8/255 there; many classes have a panel's row for themselves.
     """
     counts = _counts(errors)
-    rows = -(-len(counts) // 2)
+    measures = [
+        SIGNS if measure == MEASURES[1] and SIGNS in set(errors["measure"]) else measure for measure in MEASURES
+    ]
+    columns = 1 if len(counts) == 1 or len(order) > MANY else 2
+    rows = -(-len(counts) // columns)
     shape = {"figsize": (13, 3.9 * rows), "sharey": True, "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(rows, 2 if len(counts) > 1 else 1, **shape)
+    figure, axes = plt.subplots(rows, columns, **shape)
     for axis, recipe in zip(axes.flat, counts.index, strict=False):
-        _bars(axis, errors[errors["recipe"] == recipe], order, MEASURES, COLOURS)
+        _bars(axis, errors[errors["recipe"] == recipe], order, measures, COLOURS)
         axis.set_title(_named(recipe, counts))
     for axis in axes.flat[len(counts) :]:
         axis.set_visible(False)
@@ -75,7 +82,8 @@ def _bars(
     style = {"hue_order": measures, "palette": list(colours), "errorbar": spread, "err_kws": {"linewidth": 1}}
     sns.barplot(part, x="class", y="error", hue="measure", order=order, ax=axis, **style)
     axis.set(xlabel="", ylabel="error (%)", ylim=(0, 100))
-    axis.set_xticks(axis.get_xticks(), [literal(name) for name in order], rotation=35, ha="right")
+    slant = {"rotation": 90, "fontsize": 8} if len(order) > MANY else {"rotation": 35, "ha": "right"}
+    axis.set_xticks(axis.get_xticks(), [literal(name) for name in order], **slant)
     axis.get_legend().remove()
     axis.grid(axis="y", alpha=0.3)
 

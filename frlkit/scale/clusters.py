@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -69,9 +70,34 @@ def local(device: str = "auto", jobs: int | None = None, shares: int = 1) -> Ite
                 initializer=_begin,
                 initargs=(os.getpid(),),
             )
-            yield from pool(delayed(_here)(run, *place) for run in group)
+            with _deaf() as heard:
+                results = pool(delayed(_here)(run, *place) for run in group)
+            if heard:
+                results.throw(KeyboardInterrupt)  # where the pool hears it, too
+            yield from results
 
         yield engine, workers
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[list[int]]:
+    """Processes that begin now never hear Ctrl-C, and in this one, which ends them, it only fills this list."""
+    from multiprocessing import resource_tracker
+
+    from joblib.externals.loky.backend import resource_tracker as lokys
+
+    heard: list[int] = []
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    resource_tracker.ensure_running(), lokys.ensure_running()  # now: their start would end it
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield heard
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
 
 
 def _begin(parent: int) -> None:
@@ -191,7 +217,7 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
     if records.OUTCOMES in files and not kept:
         raise KitError("the worker's outcomes are of other weights than it sent")
     done = {Attack(**entry["attack"]) for entry in record["attacks"]}
-    if len(history["epochs"]) != run.config.epochs or not done >= set(records.standard(run.config.dataset)):
+    if len(history["epochs"]) != run.config.epochs or not done >= set(runs.attacks_on(run.config)):
         raise KitError("the worker sent an unfinished run")
     with disk.only_one(run.folder):
         for name in runs.FILES:

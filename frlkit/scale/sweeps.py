@@ -35,7 +35,7 @@ from tqdm import tqdm
 from frlkit import KitError, checkpoint, disk, recipes, records, runs, took, watched
 from frlkit.evaluation import STANDARD, Attack
 from frlkit.recipes import Config, FairConfig
-from frlkit.values import to_text
+from frlkit.values import shown, to_text
 
 DEFAULTS = {"dataset": "fashion_mnist", "seed": 0, "values": {}}
 #: The paper's symbols, which an entry may use for the fields they stand for.
@@ -84,7 +84,7 @@ class Run:
             runs.refuse_other_images(path, record, own.with_validation(self.config.validation))
         # a kill between two attacks leaves a record with the first, one after the last a lock or the checkpoints
         attacks = {Attack(**entry["attack"]) for entry in record["attacks"]}
-        return attacks >= set(records.standard(self.config.dataset)) and runs.at_rest(self.folder)
+        return attacks >= set(runs.attacks_on(self.config)) and runs.at_rest(self.folder)
 
 
 #: Carries runs out; yields each one's folder, what went wrong or nothing, and what it said on the way.
@@ -100,7 +100,9 @@ def plan(path: Path, root: Path) -> list[Run]:
     import yaml
 
     try:
-        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sweep = yaml.safe_load(text := path.read_text(encoding="utf-8"))
+        if any(len(getattr(token, "value", None) or "") > 1000 for token in yaml.scan(text)):
+            raise ValueError("it has a value of more than 1,000 characters")
     except OSError as error:
         raise KitError(
             f"the sweep {path} cannot be read ({error.strerror or error}): name a file, as in sweeps/"
@@ -160,11 +162,13 @@ def _refuse_two(one: Run, other: Run) -> None:
 def _expand(entry: Any, defaults: dict[str, Any], root: Path) -> Iterator[Run]:
     """The runs of one entry of the grid."""
     if not isinstance(entry, dict) or "recipe" not in entry:
-        raise KitError(f"{entry!r} is no entry of a grid: use a recipe and lists of values, such as 'recipe: pgd_at'")
+        raise KitError(
+            f"{shown(entry)} is no entry of a grid: use a recipe and lists of values, such as 'recipe: pgd_at'"
+        )
     entry = {**DEFAULTS, **defaults, **entry}
     values = entry.pop("values")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise KitError(f"values = {values!r} is not allowed: use fields and values, such as {{epochs: 8}}")
+        raise KitError(f"values = {shown(values)} is not allowed: use fields and values, such as {{epochs: 8}}")
     if named := {"recipe", "method", "dataset", "seed"} & set(values):
         raise KitError(f"{min(named)} is not allowed among values: it names the run's folder; give it beside values")
     choices = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
@@ -172,16 +176,11 @@ def _expand(entry: Any, defaults: dict[str, Any], root: Path) -> Iterator[Run]:
         raise KitError(f"{empty[0]} = [] is not allowed in a grid: give at least one value")
     names, datasets, seeds = (choices.pop(key) for key in ("recipe", "dataset", "seed"))
     for name, dataset, seed, point in itertools.product(names, datasets, seeds, itertools.product(*choices.values())):
-        varied = [
-            f"{field}={to_text(value)}" for key, value in zip(choices, point, strict=True) for field in _fields(key)
-        ]
+        chosen = zip(choices, point, strict=True)
+        varied = [f"{field}={to_text(value)}" for key, value in chosen for field in SYMBOLS.get(key, (str(key),))]
         recipe = ",".join([str(name), *varied])
         config = recipes.configure(recipe, dataset, seed, **values)
         yield Run(recipes.spelled(recipe), config, runs.folder(root, recipe, config))
-
-
-def _fields(key: Any) -> tuple[str, ...]:
-    return SYMBOLS.get(key, (str(key),))
 
 
 def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
@@ -217,7 +216,7 @@ def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
             if not taken:
                 return None
             training, validating = _passes(run.config, sizes[key][0])
-            tested = sizes[key][1] * sum(attack.steps for attack in records.standard(run.config.dataset))
+            tested = sizes[key][1] * sum(attack.steps for attack in runs.attacks_on(run.config))
             total += (run.config.epochs * (training + validating) + tested) * statistics.median(taken)
     return total / workers
 

@@ -53,6 +53,13 @@ def strike(stage: Stage, name: str, runs: Path, *, fault: Fault) -> int:
     return stage.survive(name, runs, fault)
 
 
+def last_of_its_kind(stage: Stage, name: str) -> set[str]:
+    """The moments of the last event of each kind: the same call about a file of the same name."""
+    kinds = (re.sub(r" (.*/)?(.+?)(\.[0-9a-f]{8}\.tmp)?$", r" \2\3", event) for event in stage.events[name])
+    plain = (re.sub(r"[0-9a-f]{8}\.tmp$", "tmp", kind) for kind in kinds)
+    return {f"file:{number}" for number in {kind: number for number, kind in enumerate(plain)}.values()}
+
+
 def faults(stage: Stage, name: str, moments: int, seed: int) -> Iterator[tuple[str, str, Case]]:
     """What is tried on a command: its row of the table, its name, how. SIGKILL is tried the most often."""
     if stage.shim is None:
@@ -78,6 +85,7 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=50, help="random moments of SIGKILL for each recipe")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--every", type=int, default=1, help="only every so-manieth fault, for a quick look")
+    parser.add_argument("--kinds", action="store_true", help="of file events alike (call, file's name) only the last")
     parser.add_argument("--repeat", help="one fault, as the table names it")
     parser.add_argument("--commands", nargs="+", default=[*COMMANDS, "sweep"], choices=[*COMMANDS, "sweep"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time")
@@ -156,7 +164,11 @@ def campaign(words: argparse.Namespace, results: Results) -> None:
             else:
                 every = list(faults(stage, name, words.moments, words.seed))
             there = Counter(row for row, _, _ in every)
-            tried = [one for one in every[:: words.every] if (title, one[1]) not in results.known]
+            chosen = every[:: words.every]
+            if words.kinds:
+                last = last_of_its_kind(stage, name) if name in COMMANDS else set()
+                chosen = [one for one in chosen if "@file:" not in one[1] or one[1].partition("@")[2] in last]
+            tried = [one for one in chosen if (title, one[1]) not in results.known]
             if words.repeat:  # also a random moment that is none of those
                 named = [one for one in every if one[1] == words.repeat]
                 tried = named or [(words.repeat, words.repeat, partial(strike, fault=Fault.parse(words.repeat)))]

@@ -175,7 +175,7 @@ CELL = "carry_out({name!r}, {root!r}, {runs!r})"
 def interrupted_kernel(stage: Stage, name: str, runs: Path) -> int:
     """The stop button of a notebook in the last epoch, then the same cell again in the same kernel."""
     stage.straight(name)
-    manager, client = start_new_kernel(kernel_name="python3", stderr=subprocess.DEVNULL)
+    manager, client = start_new_kernel(startup_timeout=600, kernel_name="python3", stderr=subprocess.DEVNULL)
 
     said = ""
 
@@ -186,7 +186,7 @@ def interrupted_kernel(stage: Stage, name: str, runs: Path) -> int:
             if "in the middle" in message["content"].get("text", ""):
                 manager.interrupt_kernel()
 
-        return client.execute_interactive(code, output_hook=shown, user_expressions={"code": "code"}, timeout=60)
+        return client.execute_interactive(code, output_hook=shown, user_expressions={"code": "code"}, timeout=600)
 
     def code_of(reply: dict[str, Any]) -> str:
         assert reply["content"]["status"] == "ok", reply["content"]
@@ -206,7 +206,7 @@ def interrupted_kernel(stage: Stage, name: str, runs: Path) -> int:
     return lost(name, runs)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
@@ -308,7 +308,7 @@ def killed_driver(stage: Stage, name: str, runs: Path, *, kind: str, number: int
         wait_for(lambda: len(list(runs.glob("digits/*/seed0/*"))) >= number or driver.poll() is not None, 600)
         driver.send_signal(signal.Signals[kind])
         try:
-            said = driver.communicate(timeout=120)[0]
+            said = driver.communicate(timeout=300)[0]
         except subprocess.TimeoutExpired:
             driver.kill()
             raise AssertionError(f"the driver hangs after {kind}: {driver.communicate()[0]}") from None

@@ -220,11 +220,11 @@ def strike(kind: str, options: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     elif kind == "sleep":
         print("in the middle", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     else:  # until the parent wakes it
-        signal.signal(signal.SIGUSR1, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # one that comes before it waits counts, too
         Path(options["paused"]).touch()
-        signal.pause()
+        signal.sigwait({signal.SIGUSR1})
 
 
 @contextlib.contextmanager
