@@ -113,10 +113,9 @@ def batches(split: Split, most: int | None = None) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(split), size)]
 
 
-def attacked(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, generator: torch.Generator, only: Tensor | None = None
-) -> Tensor:
-    """The adversarial images of a batch under `attack`; see `attacks.pgd`."""
+def attacked(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, number: int, only: Tensor | None = None) -> Tensor:
+    """The adversarial images of a batch under `attack`, its random start that of batch `number`; see `attacks.pgd`."""
+    generator = stream(attack.seed, number, device=x.device)
     settings = {"restarts": attack.restarts, "loss": attack.loss, "generator": generator, "only": only}
     return pgd(model, x, y, attack.eps_255 / 255, attack.step_255 / 255, attack.steps, **settings)
 
@@ -131,10 +130,9 @@ def _attacked(
     rows = tqdm(batches(split, most), desc=str(attack), leave=False, delay=2, disable=not watched())
     for number, part in enumerate(rows):
         x, y = split.batch(part)
-        generator = stream(attack.seed, number, device=x.device)
         clean = predict(model, x)
         only = None if wrong_too else clean == y
-        yield y, clean, attacked(model, x, y, attack, generator, only)
+        yield y, clean, attacked(model, x, y, attack, number, only)
 
 
 def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:

@@ -85,20 +85,22 @@ def sure_to_end() -> Iterator[None]:
             finally:
                 os._exit(130)
 
-    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    except KeyboardInterrupt:
+    def interrupt(*_: Any) -> None:
         signal.signal(signal.SIGINT, lambda *_: None)  # the second one is the watch's alone, without a traceback
-        told.detach()  # stays open: the process's own end may hang yet
-        raise
-    except BaseException:
-        signal.set_wakeup_fd(before)
-        told.close()
-        raise
-    signal.set_wakeup_fd(before)
-    told.close()
+        raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as after:
+        after.callback(told.close)
+        after.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False))
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+            after.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, interrupt))
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            after.pop_all()  # the process's own end may hang yet: all stays,
+            told.detach()  # and open
+            raise
 
 
 class Choice(click.Choice):

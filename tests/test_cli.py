@@ -499,8 +499,7 @@ main(["sweep"])
         assert said == {"Error: interrupted; the same command goes on from here"}
     finally:
         run.kill()
-    # One that comes when Python has put down its handlers ends it as the same, to a shell.
-    assert run.returncode in (130, -signal.SIGINT) if twice else run.returncode == 130
+    assert run.returncode == 130
 
 
 def test_a_sweep_that_nobody_interrupts_ends_as_it_does() -> None:

@@ -170,8 +170,7 @@ def _is_open(record: dict[str, Any], number: int, steps: int, seconds: float = 0
 def _falsify(model: nn.Module, split: Split, record: dict[str, Any], start: int) -> None:
     """Attack the images of one chunk that have no verdict yet; those wrong without any attack are falsified too."""
     x, y = split.batch(slice(start, start + CHUNK))
-    attack = Attack(**record["attack"])
-    attacked = evaluation.attacked(model, x, y, attack, evaluation.stream(attack.seed, start, device=x.device))
+    attacked = evaluation.attacked(model, x, y, Attack(**record["attack"]), start)
     fooled = (evaluation.predict(model, x) != y) | (evaluation.predict(model, attacked) != y)
     for number, is_fooled in enumerate(fooled.tolist(), start):
         if is_fooled and record["verdicts"][number] is None:

@@ -182,8 +182,7 @@ def _attacked(
     if name == CLEAN:
         return x
     if attack is not None:
-        generator = evaluation.stream(attack.seed, start, device=x.device)
-        return evaluation.attacked(model, x, y, attack, generator)
+        return evaluation.attacked(model, x, y, attack, start)
     if find_spec("torchattacks") is None:
         raise KitError("AutoAttack needs torchattacks: pip install --no-deps torchattacks")
     import torchattacks

@@ -156,7 +156,7 @@ def signs() -> str:
         found = shipped(list(names.METHODS), dataset)
         table = tables.statistics(tables.tidy(found)).to_dict("index") if found else {}
         for recipe, seeds in found.items():
-            measured = [table[recipe, measure] for measure in ("natural", "PGD-20 12/255")]
+            measured = [table[recipe, measure] for measure in ("natural", f"PGD-20 {tables.SIGNS}/255")]
             parts = ("average", "average over images", "worst", "best")
             cells = [f"{row[part]:.1f}" for row in measured for part in parts]
             about = f"{names.dataset(dataset)}, {names.title(recipe)}"
@@ -164,14 +164,14 @@ def signs() -> str:
                 [about, *cells, measured[1]["worst class"], f"{sum(seeds[0]['training_counts']):,}", len(seeds)]
             )
     kinds = ("average over classes", "over images", "worst", "best")
-    head = ["", *(f"{kind}, {part}" for kind in ("natural", "12/255") for part in kinds)]
+    head = ["", *(f"{kind}, {part}" for kind in ("natural", f"{tables.SIGNS}/255") for part in kinds)]
     return tables.markdown([*head, "worst class", "training images", "seeds"], lines) if lines else UNMEASURED
 
 
 def steps() -> str:
     """Cheaper attacks in training beside ten steps, class by class: from the shipped runs of ``sweeps/steps.yaml``."""
     lines = []
-    for dataset, eps in (("fashion_mnist", 8), ("gtsrb", 12)):
+    for dataset, eps in (("fashion_mnist", 8), ("gtsrb", tables.SIGNS)):
         for recipe in ("pgd_at,steps=5", "n_fgsm", "pgd_at,precision=float32"):
             errors = tables.tidy(found) if len(found := shipped([recipe, "pgd_at"], dataset)) == 2 else None
             for measure in () if errors is None else ("natural", f"PGD-20 {eps}/255"):

@@ -15,10 +15,9 @@ from matplotlib.lines import Line2D
 
 from frlkit.report import mechanism
 from frlkit.report.names import title
-from frlkit.report.tables import MEASURES
+from frlkit.report.tables import MEASURES, SIGNS
 
 COLOURS = ("#4c72b0", "#dd8452", "#8c2d04")  # natural, then robust at growing radii
-SIGNS = "PGD-20 12/255"  # at the radius that the paper's traffic signs are trained with
 MANY = 20  # classes
 
 
@@ -58,9 +57,8 @@ def class_bars(errors: pd.DataFrame, order: Sequence[str], note: str) -> Figure:
     trained at takes the place of 8/255 there; many classes have a panel's row for themselves.
     """
     counts = _counts(errors)
-    measures = [
-        SIGNS if measure == MEASURES[1] and SIGNS in set(errors["measure"]) else measure for measure in MEASURES
-    ]
+    signs = f"PGD-20 {SIGNS}/255"
+    measures = [MEASURES[0], signs if signs in set(errors["measure"]) else MEASURES[1], MEASURES[2]]
     columns = 1 if len(counts) == 1 or len(order) > MANY else 2
     rows = -(-len(counts) // columns)
     shape = {"figsize": (13, 3.9 * rows), "sharey": True, "squeeze": False, "layout": "constrained"}

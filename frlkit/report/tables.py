@@ -19,6 +19,7 @@ from frlkit.report.names import plain
 pd.set_option("display.html.use_mathjax", False)  # a class may be called "$5" or "a$b$"
 
 RADII = (8, 16)  # of the standard attacks, in 1/255
+SIGNS = 12  # the radius that the paper's traffic signs are trained and attacked at
 MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
 FORMATS = ("text", "markdown", "csv", "json")
 
@@ -62,7 +63,7 @@ def _more_radii(records: Records) -> tuple[int, ...]:
     """12/255, where these are records of runs on signs."""
     every = [record for seeds in records.values() for record in seeds]
     kept = [{entry["attack"]["eps_255"] for entry in record["attacks"]} for record in every]
-    return (12,) if every and all(12 in radii for radii in kept) else ()
+    return (SIGNS,) if every and all(SIGNS in radii for radii in kept) else ()
 
 
 def note(source: str, network: str, record: Mapping[str, Any]) -> str:
