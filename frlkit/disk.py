@@ -204,8 +204,9 @@ def only_one(folder: Path) -> Iterator[None]:
             raise not_written(Path(os.fsdecode(error.filename)), error) from None
     finally:
         if hold is not None:
-            with contextlib.suppress(OSError):
-                (folder / "run.lock").unlink(missing_ok=True)
+            for _ in range(2):  # left there, it would say that somebody works on a finished run
+                with contextlib.suppress(OSError):
+                    (folder / "run.lock").unlink(missing_ok=True)
             hold.release()
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where nothing was written

@@ -352,6 +352,21 @@ class TestDamage:
         assert disk.at_rest(two.parent)
         assert mine.exists()
 
+    def test_a_disk_that_fails_once_leaves_no_lock(self, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        unlink, struck = Path.unlink, []
+
+        def fails_once(path: Path, missing_ok: bool = False) -> None:
+            struck.append(path.name)
+            if len(struck) == 1:
+                raise OSError(errno.EIO, "Input/output error")
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", fails_once)
+        with disk.only_one(two.parent):
+            assert (two.parent / "run.lock").exists()
+        assert struck[0] == "run.lock"
+        assert disk.at_rest(two.parent)
+
     def test_a_bit_anywhere_is_refused_or_harmless(self, path: Path) -> None:
         checkpoint.save(path, state())
         whole, chance = path.read_bytes(), random.Random(0)
