@@ -248,7 +248,7 @@ class TestFolder:
             (lambda f: [file.unlink() for file in (f / "test" / "cat").iterdir()], "no image to test in 'cat': add"),
             (
                 lambda f: [file.rename(file.with_suffix(".npy")) for file in [*(f / "test" / "cat").iterdir()]],
-                r"no image to test in 'cat' \(but \.npy files\): add",
+                r"no image to test in 'cat', but \.npy files: add",
             ),
             (
                 lambda f: [shutil.rmtree(f / part / name) for part in ("train", "test") for name in ("ant", "bee")],

@@ -147,9 +147,9 @@ def _folders(place: Path) -> Source:
     for part, classes in parts.items():
         _same_classes(place, part, sorted(classes), sorted(parts.get("train", classes)))
         if empty := [name for name, items in classes.items() if not items]:
-            there = listed(sorted({kind for kind, where in skipped if where.name in empty}), 3, quoted=False)
+            there = "".join(f", but {kind}" for kind in sorted({kind for kind, at in skipped if at.name in empty}))
             raise KitError(
-                f"{place}: no image to {part} in {listed(empty)}{there and f' (but {there})'}: add images (.png, .jpg, …), or remove it"
+                f"{place}: no image to {part} in {listed(empty)}{there}: add images (.png, .jpg, …), or remove it"
             )
     names = sorted(parts.get("train", ()))
     source = Source(tuple(names))
