@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from frlkit import KitError, data, evaluation, models, runs
 from frlkit.__main__ import main
 from frlkit.attacks import pgd
-from frlkit.audit import RADII_255, audit, ladder, networks, readings
+from frlkit.audit import RADII_255, audit, choice, ladder, networks, readings
 from frlkit.audit.doubts import doubts
+from frlkit.audit.networks import Network
 from frlkit.audit.weights import find
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack
@@ -41,6 +43,10 @@ class Tupled(nn.Module):
 class Damaged(nn.Module):
     def forward(self, outputs: Tensor) -> Tensor:
         return outputs / 0
+
+
+class Settings:
+    """What people pickle beside their weights."""
 
 
 ATTACK = Attack(steps=5)
@@ -282,6 +288,68 @@ class TestReadings:
         assert found["natural"] == [0.0, 0.0]
 
 
+SHAPES = [((0.0,), (1.0,)), ((0.286,), (0.353,)), ((0.5,), (0.5,))]  # readings, the likeliest first
+
+
+class TestChoice:
+    """Readings whose errors and losses on 10,000 images are made up; of an image a reading is wrong by chance."""
+
+    def choose(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        wrong: tuple[float, ...],
+        loss: tuple[float, ...],
+        fallen: tuple[float, ...] = (0.2, 0.8, 0.8),
+        seed: int = 0,
+    ) -> tuple[int, list[str], list[int]]:
+        """Errors and losses by reading; how many of 200 attacked images fall. Which is chosen, doubts, images seen."""
+        numbers, seen = np.random.RandomState(seed), []
+        hard, mood = numbers.rand(10_000), numbers.exponential(size=10_000)  # what all readings find hard
+        network = Network("net", nn.Linear(1, 1))
+        tries = [choice.Reading(network, *pair) for pair in SHAPES[: len(wrong)]]
+        right = [(0.9 * hard + 0.1 * numbers.rand(10_000)) >= share for share in wrong]
+        losses = [share * mood * numbers.uniform(0.9, 1.1, 10_000) for share in loss]
+
+        def scores(asked: Any, _: Any, most: int) -> list[Any]:
+            seen.append(most)
+            places = [tries.index(reading) for reading in asked]
+            return [choice._Score(right[k][:most], losses[k][:most], torch.full((most, 2), float(k))) for k in places]
+
+        def fell(reading: Any, _: Any) -> np.ndarray:
+            return np.arange(200) < 200 * fallen[tries.index(reading)]
+
+        monkeypatch.setattr(choice, "_scores", scores)
+        monkeypatch.setattr(choice, "_fallen", fell)
+        images = SimpleNamespace(class_names="0123456789")
+        chosen, _, said = choice.choose(tries, tries, lambda _: images)  # type: ignore[arg-type, return-value]
+        return tries.index(chosen), said, seen
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_rival_of_a_lower_error_by_chance(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Errors that differ by nothing but chance: the loss tells, whichever of them it is."""
+        for truth in (0, 1):
+            loss = (0.55, 0.65) if truth == 0 else (0.65, 0.55)
+            assert self.choose(monkeypatch, (0.22, 0.22), loss, seed=seed)[:2] == (truth, [])
+
+    def test_neither_errors_nor_losses_tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen, (said,), seen = self.choose(monkeypatch, (0.22, 0.22), (0.55, 0.55))
+        assert chosen == 0 and seen == [200, 2000, 10_000]
+        assert re.search(
+            r"as net, images less mean 0.286, std 0.353 \(\d\d\.\d% of 10000 clean .* 80% of 200 att", said
+        )
+        assert said.endswith("20% of 200 attacked): say which, with --mean 0.286 --std 0.353 or --mean 0 --std 1")
+        assert self.choose(monkeypatch, (0.22, 0.22), (0.55, 0.55), (0.2, 0.2))[:2] == (0, [])  # it does not matter
+
+    def test_errors_and_losses_contradict_each_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The lower error is taken, if surely lower; and the other named."""
+        chosen, (said,), _ = self.choose(monkeypatch, (0.25, 0.22), (0.5, 0.6))
+        assert chosen == 1 and "as net, images in [0, 1] (2" in said
+
+    def test_more_images_where_few_do_not_tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.choose(monkeypatch, (0.24, 0.22), (0.55, 0.55))[::2] == (1, [200, 2000, 10_000])
+        assert self.choose(monkeypatch, (0.6, 0.22, 0.7), (0.9, 0.5, 1.0)) == (1, [], [200])
+
+
 class TestUnbalanced:
     """Where one class has nearly all images, or all of those that are looked at."""
 
@@ -357,9 +425,16 @@ class TestLayouts:
         ("code", "words"),
         [
             ("def net(): return 5", "returns int: return a torch.nn.Module"),
-            ("def other(): pass", "has no attribute 'net'"),
+            ("import math\ndef other(): pass\nclass Other: pass", r"there is no 'net' in .*: use one of other, Other$"),
+            ("", r"there is no 'net' in .*: define it there"),
+            ("net = 5", "returns int: return a torch.nn.Module"),
+            (
+                "def net(width, *, depth, num_classes, bias=0, **rest): pass",
+                "takes width, depth, which nobody gives: name",
+            ),
             ("1 / 0", "ZeroDivisionError: division by zero"),
-            ("import nowhere", "No module named 'nowhere'"),
+            ("def net(num_classes): raise ValueError('two\\nlines')", r"failed \(ValueError: two\): repair it"),
+            ("import nowhere", "No module named 'nowhere'.: install it, go where it lies"),
         ],
     )
     def test_a_factory_that_fails(self, tmp_path: Path, code: str, words: str) -> None:
@@ -377,6 +452,26 @@ class TestLayouts:
         assert isinstance(network.module, nn.Linear)
         with pytest.raises(KitError, match="needs a file of weights"):
             networks.candidates("lenet5", None, 3)
+
+    def test_a_network_that_stands_ready(self, tmp_path: Path) -> None:
+        (tmp_path / "ready.py").write_text("from torch import nn\nnet = nn.Linear(2, 3)", encoding="utf-8")
+        (network,) = networks.candidates(f"{tmp_path / 'ready.py'}:net", None, 3)
+        assert isinstance(network.module, nn.Linear)
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("json:loads", "takes s, which nobody gives"),
+            ("json:nosuch", "there is no 'nosuch' in json: use one of"),
+            ("nosuch_xyz:thing", r"failed \(ModuleNotFoundError: No module named 'nosuch_xyz'\): install it"),
+            ("nosuch/net.py:thing", "there is no file nosuch/net.py: give the path of a Python file"),
+            (":thing", "Empty module name"),
+        ],
+    )
+    def test_a_factory_that_is_not_there(self, name: str, words: str) -> None:
+        with pytest.raises(KitError, match=words) as caught:
+            networks.candidates(name, None, 3)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 class TestFind:
@@ -433,6 +528,28 @@ class TestFind:
         if found.mean:
             assert set(found.tensors) == {"fc.weight", "bn.running_mean"}
             assert found.prefix == "module.net."
+
+    @pytest.mark.parametrize("first", ["model", "ema"])
+    @pytest.mark.parametrize("average", ["ema.module.", "net_ema.", "ema_model."])
+    @pytest.mark.parametrize("key", ["state_dict", ""])
+    def test_an_average_among_the_weights(self, key: str, average: str, first: str, tmp_path: Path) -> None:
+        """It is another network's: said, and audited where it is asked for."""
+        tensors = {name: torch.ones(2, 2) for name in ("conv.weight", "fc.weight")}
+        two = [{f"model.{k}": v for k, v in tensors.items()}, {f"{average}{k}": 2 * v for k, v in tensors.items()}]
+        both = {**two[0], **two[1]} if first == "model" else {**two[1], **two[0]}
+        torch.save({key: both} if key else both, tmp_path / "w.pt")
+        place = f"{key}.{average.partition('.')[0]}"
+        for asked, factor, others in (("", 1, (place,)), (place, 2, (key,) if key else ())):
+            found = find(tmp_path / "w.pt", asked)
+            assert set(found.tensors) == set(tensors) and found.others == others
+            assert all((tensor == factor).all() for tensor in found.tensors.values())
+        torch.save({key: two[1]} if key else two[1], tmp_path / "w.pt")  # alone
+        assert find(tmp_path / "w.pt").others == ()
+
+    def test_an_object_of_ones_own_beside_them(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": {"a": torch.ones(2)}, "config": Settings()}, tmp_path / "w.pt")
+        with pytest.raises(KitError, match=r"holds [\w.]*Settings beside them; if you trust it, load it"):
+            find(tmp_path / "w.pt")
 
     def test_a_key_that_is_not_there(self, tmp_path: Path) -> None:
         torch.save({"net": {"a": torch.ones(2), "b": torch.ones(2)}}, tmp_path / "w.pt")

@@ -247,6 +247,10 @@ class TestFolder:
             ),
             (lambda f: [file.unlink() for file in (f / "test" / "cat").iterdir()], "no image to test in 'cat': add"),
             (
+                lambda f: [file.rename(file.with_suffix(".npy")) for file in [*(f / "test" / "cat").iterdir()]],
+                r"no image to test in 'cat', but \.npy files: add",
+            ),
+            (
                 lambda f: [shutil.rmtree(f / part / name) for part in ("train", "test") for name in ("ant", "bee")],
                 "1 classes",
             ),
@@ -265,8 +269,8 @@ class TestFolder:
             ),
         ],
         ids=[
-            *("absent", "one class less", "no train", "capitals", "accents", "empty class", "one class", "two tests"),
-            *("one image", "newline", "space"),
+            *("absent", "one class less", "no train", "capitals", "accents", "empty class", "no image", "one class"),
+            *("two tests", "one image", "newline", "space"),
         ],
     )
     def test_what_is_wrong_is_said(self, photos: Path, spoil: Any, message: str) -> None:
@@ -463,11 +467,30 @@ class TestArrays:
         assert found.class_names == ("ant", "bee")
         assert all(np.array_equal(found.test.images[:, channel].numpy(), grey) for channel in range(3))
 
+    @pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, np.float32])
+    def test_zeros_and_ones_are_black_and_white(self, root: Path, kind: Any) -> None:
+        x = (pixels(6, 9, 9) > 127).astype(kind)
+        np.savez(root / "a.npz", x_train=x, y_train=[0, 1] * 3, x_test=x, y_test=[0, 1] * 3)
+        found = data.load("folder:a.npz", size=None, channels=None).test.images
+        assert np.array_equal(found[:, 0].numpy(), 255 * x.astype(np.uint8))
+
+    @pytest.mark.parametrize("kind", [np.uint8, np.float32])
+    @pytest.mark.parametrize("channels", [1, 3, 4])
+    def test_channels_first_are_channels_last(self, root: Path, channels: int, kind: Any) -> None:
+        x, found = pixels(6, 9, 11, channels).astype(kind), []
+        for name, laid in (("last", x), ("first", x.transpose(0, 3, 1, 2))):
+            np.savez(root / f"{name}.npz", x_train=laid, y_train=[0, 1] * 3, x_test=laid, y_test=[0, 1] * 3)
+            found.append(data.load(f"folder:{name}.npz", size=None, channels=None).test.images)
+        assert torch.equal(*found)
+        assert found[0].shape == (6, 1 if channels == 1 else 3, 9, 9)
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"x_train": pixels(6, 9, 9, 2)}, r"x_train \(6, 9, 9, 2\) .* 1, 3 or 4 channels"),
+            ({"y_train": np.eye(2)[[0, 1] * 3]}, r"12 labels do not fit: .* \(not one-hot\)"),
             ({"y_train": [0, 1]}, "x_train .6, 9, 9. and its 2 labels do not fit"),
-            ({"y_test": [0, 1, 2] * 2}, "no label that training has not"),
+            ({"y_test": [0, 1, 2] * 2}, "none that training has not"),
             ({"x_train": np.zeros((6, 81))}, "do not fit"),
             ({"class_names": ["ant", "ant"]}, "class 'ant' that no table can show"),
             ({"class_names": ["ant hill", "ant\u00a0 hill"]}, "class 'ant hill' that no table can show"),
@@ -552,6 +575,13 @@ class TestArrow:
         info.write_text(whole.replace("ClassLabel", "Value"), encoding="utf-8")
         with pytest.raises(KitError, match="needs one column of images and one of class labels"):
             data.load("folder:hf")
+        info.write_text(
+            whole.replace('"label": {', '"fine": {"names": ["x"], "_type": "ClassLabel"}, "label": {'), "utf-8"
+        )
+        with pytest.raises(
+            KitError, match=r"'fine', 'label' of ClassLabel in 'test': .*remove_columns leaves others out"
+        ):
+            data.load("folder:hf")
         info.write_text("[]", encoding="utf-8")
         with pytest.raises(KitError, match="hf cannot be read"):
             data.load("folder:hf")
@@ -559,6 +589,21 @@ class TestArrow:
         file = next((root / "hf" / "test").glob("*.arrow"))
         file.write_bytes(file.read_bytes()[:100])
         with pytest.raises(KitError, match="hf cannot be read"):
+            data.load("folder:hf")
+
+    def test_a_feature_that_is_a_list(self, root: Path) -> None:
+        """Such as `datasets` writes a list of images."""
+        save_arrow(root / "hf", ["ant", "bee"], train=[0, 1] * 3, test=[0, 1])
+        info = root / "hf" / "test" / "dataset_info.json"
+        info.write_text(info.read_text("utf-8").replace('{"_type": "Image"}', '[{"_type": "Image"}]'), "utf-8")
+        with pytest.raises(KitError, match="has the columns none of Image and 'label' of ClassLabel"):
+            data.load("folder:hf")
+
+    @pytest.mark.parametrize("file", ["state.json", "data/train-00000-of-00001.parquet"])
+    def test_one_split_or_files_as_the_hub_has_them(self, root: Path, file: str) -> None:
+        (root / "hf" / file).parent.mkdir(parents=True)
+        (root / "hf" / file).write_text("{}", encoding="utf-8")
+        with pytest.raises(KitError, match="what save_to_disk of a DatasetDict with train and test wrote"):
             data.load("folder:hf")
 
     def test_without_pyarrow(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The networks that a file of weights may belong to: the kit's, LeNet-5 as people build it, torchvision's, your own.
 
 `candidates` fills each with the file's tensors. Where a file cannot say which of them it is (a ReLU has no weights),
-there are several: `frlkit.audit.readings` tells them apart.
+there are several: `frlkit.audit.choice` tells them apart.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _recognised(weights: Weights, classes: int) -> list[Network]:
         if all(key in weights.tensors and weights.tensors[key].shape == shape for key, shape in needed.items()):
             return [_torchvision(name, weights, classes)]
     last = next(reversed(weights.tensors.values()), torch.empty(classes))
-    if last.ndim in (1, 2) and len(last) != classes:
+    if last.ndim in (1, 2) and all(len(tensor) != classes for tensor in weights.tensors.values() if tensor.ndim):
         raise KitError(f"{weights.path} ends with {len(last)} outputs, and the data set has {classes} classes")
     raise KitError(
         f"{weights.path} is none of {', '.join(models.MODELS)}, nor torchvision's {', '.join(COMMON)}: say with "
@@ -223,15 +223,16 @@ def _torchvision(name: str, weights: Weights, classes: int) -> Network:
 
 
 def _own(name: str, weights: Weights | None, classes: int) -> Network:
-    """What a user's own factory returns, ``factory(num_classes=…)`` where it takes that; its code is trusted."""
-    place, _, attribute = name.rpartition(":")
+    """What a user's own factory returns, or a network that stands ready under that name; its code is trusted."""
     words, sys.argv = sys.argv, sys.argv[:1]  # its own parser is not to read ours
     try:
-        factory = getattr(_module(place), attribute)
-        takes = "num_classes" in inspect.signature(factory).parameters
-        module = factory(num_classes=classes) if takes else factory()
+        module = _made(name, classes)
+    except KitError:
+        raise
     except (Exception, SystemExit) as error:  # it is the user's own code: anything
-        raise KitError(f"model = {name!r} failed ({type(error).__name__}: {first_line(error)}): repair it") from None
+        absent = isinstance(error, ModuleNotFoundError)
+        mend = "install it, go where it lies, or give file.py:factory" if absent else "repair it"
+        raise KitError(f"model = {name!r} failed ({type(error).__name__}: {first_line(error)}): {mend}") from None
     finally:
         sys.argv = words
     if not isinstance(module, nn.Module):
@@ -239,9 +240,36 @@ def _own(name: str, weights: Weights | None, classes: int) -> Network:
     return Network(name, module, normalises=fit(module, weights) if weights else False)
 
 
+def _made(name: str, classes: int) -> Any:
+    """What ``module:factory`` gives, called with ``num_classes=`` where it takes that, and with nothing else."""
+    place, _, attribute = name.rpartition(":")
+    code = _module(place)
+    if not hasattr(code, attribute):
+        there = [key for key, value in vars(code).items() if getattr(value, "__module__", "") == code.__name__]
+        listed = f"use one of {', '.join(there)}" if there else "define it there"
+        raise KitError(f"model = {name!r}: there is no {attribute!r} in {place}: {listed}")
+    factory = getattr(code, attribute)
+    if isinstance(factory, nn.Module) or not callable(factory):
+        return factory
+    takes = inspect.signature(factory).parameters
+    needed = [
+        key
+        for key, of in takes.items()
+        if of.default is of.empty and of.kind not in (of.VAR_POSITIONAL, of.VAR_KEYWORD)
+    ]
+    if missing := [key for key in needed if key != "num_classes"]:
+        raise KitError(
+            f"model = {name!r} takes {', '.join(missing)}, which nobody gives: name a function of yours that takes "
+            "nothing, or num_classes alone, and returns the network"
+        )
+    return factory(num_classes=classes) if "num_classes" in takes else factory()
+
+
 def _module(place: str) -> Any:
     """A Python module by name, from the working directory too, or by its file, which may import its neighbours."""
     is_file, before = place.endswith(".py"), list(sys.path)
+    if is_file and not Path(place).is_file():
+        raise KitError(f"model: there is no file {place}: give the path of a Python file, then :factory")
     sys.path[:0] = [str(Path(place).resolve().parent), str(Path.cwd())] if is_file else [str(Path.cwd())]
     try:
         return _from_file(place) if is_file else importlib.import_module(place)

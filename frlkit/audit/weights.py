@@ -29,20 +29,11 @@ COUNTER = "num_batches_tracked"  # of batch normalisation: no result depends on 
 _NORMALISE = {"mean": "std", "mu": "sigma", "_mean": "_std", "image_mean": "image_std", "pixel_mean": "pixel_std"}
 _NORMALISE |= {"new_mean": "new_std"}  # of the library robustness
 #: What a training program registers beside its network: a second name of it, a loss with weights, a counter of hits.
-_BESIDE = re.compile(r"(attacker|criterion|loss(_\w+)?|metrics?|\w+_(acc|accuracy|loss|metrics?))\.")
-_ACCURACY = re.compile(r"((best|test|val|clean|nat(ural)?)_?)*(acc|accuracy|acc1|prec1|top1)(_?(best|test|val))?")
-#: What trainers put beside their tensors, and what torch.load lets through.
-_DATA = (
-    "argparse.",
-    "numpy.",
-    "pathlib.",
-    "types.SimpleNamespace",
-    "_codecs.encode",
-    "collections.defaultdict",
-    "datetime.",
-    "omegaconf.",
+_BESIDE = re.compile(
+    r"(attacker|criterion|loss(_\w+)?|(\w+_)?(acc|accuracy|loss|metrics?|conf\w*mat\w*|f1\w*|auroc))\."
 )
-_VALUES = {f"builtins.{kind}" for kind in ("list", "tuple", "dict", "set", "frozenset", "int", "float", "complex")}
+_AVERAGE = re.compile(r"(\w+_)?ema(_\w+)?(?=\.)")  # under which averaged weights lie among the others
+_ACCURACY = re.compile(r"((best|test|val|clean|nat(ural)?)_?)*(acc|accuracy|acc1|prec1|top1)(_?(best|test|val))?")
 _PLAIN = ("torch._utils.", "collections.OrderedDict", "torch.nn.parameter.Parameter")
 
 
@@ -164,7 +155,9 @@ def _content(path: Path) -> Any:
         except KitError as error:
             if advice := _advice(path):
                 raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded: {advice}") from None
-            raise KitError(f"{error}: download or save it again") from None
+            raise KitError(
+                f"{error}: give a file of torch.save or of safetensors; if it is one, download or save it again"
+            ) from None
     try:
         return safetensors.torch.load_file(path)
     except OSError as error:
@@ -218,9 +211,9 @@ def _advice(path: Path) -> str:
     if not needed:
         return ""
     said = ", ".join(sorted(needed)[:4]) + (", …" if len(needed) > 4 else "")
-    if all(name in _VALUES or name.startswith(_DATA) for name in needed):
-        return f"it holds {said} beside them; if you trust it, load it (weights_only=False) and save its tensors alone"
-    return f"it holds {said}, as a whole pickled model does: save model.state_dict() instead"
+    if any(name.startswith(("torch.nn.", "torchvision.")) for name in needed):
+        return f"it holds {said}, as a whole pickled model does: save model.state_dict() instead"
+    return f"it holds {said} beside them; if you trust it, load it (weights_only=False) and save its tensors alone"
 
 
 def _globals(path: Path) -> set[str]:
@@ -244,8 +237,11 @@ def _places(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str,
     if not isinstance(content, Mapping) or depth > 5:
         return
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
-    if tensors and not (depth and len(tensors) == 1):
-        yield path, tensors
+    heads = {name: match[0] for name in tensors if (match := _AVERAGE.match(name))}
+    for head in ("",) if len(heads) == len(tensors) else ("", *dict.fromkeys(heads.values())):
+        group = {name: v for name, v in tensors.items() if heads.get(name, "") == head or len(heads) == len(tensors)}
+        if group and not (depth and len(group) == 1):
+            yield f"{path}.{head}" if head else path, group
     for name, value in content.items():
         if isinstance(name, str) and "optim" not in name:
             yield from _places(value, f"{path}.{name}" if path else name, depth + 1)

@@ -26,7 +26,7 @@ from frlkit.values import plain
 PARTS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 PART_OF = {alias: part for part, aliases in PARTS.items() for alias in aliases}
 LAYOUT = "use train/<class>/*, test/<class>/* and, if you like, val/<class>/*"
-ARRAYS = "use arrays x_train, y_train, x_test, y_test and, if you like, x_val, y_val and class_names"
+ARRAYS = "use arrays x_train, y_train, x_test, y_test and, if you like, x_val, y_val and class_names, none of objects"
 SYSTEM = ("__macosx", "thumbs.db", "desktop.ini")  # what systems leave behind, beside hidden files
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows these formats and cannot decode them alone
 
@@ -87,7 +87,6 @@ def of_arrays(name: str, pixels: np.ndarray, labels: Any) -> Part:
 def find(place: Path) -> Source:
     """The images at a place: a folder (`LAYOUT`; any nesting), a saved Hugging Face ``DatasetDict``, or an ``.npz``.
 
-    An ``.npz`` has x_train, y_train, x_test, y_test, or train_images, train_labels and so on, and perhaps class_names.
     Raises `KitError` where there is no such layout, and for class names that no table could show.
     """
     reader = _arrays if place.suffix == ".npz" else _arrow if (place / "dataset_dict.json").exists() else _folders
@@ -100,6 +99,8 @@ def find(place: Path) -> Source:
         raise KitError(f"{place} cannot be read ({first_line(error)}): repair it, or {layout}") from None
     if missing := [part for part in ("train", "test") if part not in source.parts]:
         hint = " (or rename val to test: validation images are then drawn from train)" * ("validation" in source.parts)
+        if reader is _arrow or (place / "state.json").exists() or next(place.rglob("*.parquet"), None):
+            hint = " (of the library datasets, what save_to_disk of a DatasetDict with train and test wrote)"
         raise KitError(f"{place} has no images to {' and no images to '.join(missing)}: {layout}{hint}")
     if len(source.class_names) < 2:
         raise KitError(f"{place} has {len(source.class_names)} classes: two or more are needed; {layout}")
@@ -146,7 +147,10 @@ def _folders(place: Path) -> Source:
     for part, classes in parts.items():
         _same_classes(place, part, sorted(classes), sorted(parts.get("train", classes)))
         if empty := [name for name, items in classes.items() if not items]:
-            raise KitError(f"{place}: no image to {part} in {listed(empty)}: add images (.png, .jpg, …), or remove it")
+            there = "".join(f", but {kind}" for kind in sorted({kind for kind, at in skipped if at.name in empty}))
+            raise KitError(
+                f"{place}: no image to {part} in {listed(empty)}{there}: add images (.png, .jpg, …), or remove it"
+            )
     names = sorted(parts.get("train", ()))
     source = Source(tuple(names))
     for part, classes in parts.items():
@@ -154,10 +158,9 @@ def _folders(place: Path) -> Source:
         source.parts[part] = Part([item for item, _ in pairs], torch.tensor([label for _, label in pairs]))
     said = []
     for kind, count in Counter(kind for kind, _ in skipped.elements()).items():
-        where = sorted(str(folder.relative_to(place)) for what, folder in skipped if what == kind)
-        said.append(f"{kind}: {count} (in {listed(where, 3)})")
-    if said:
-        source.notes.append(f"skipped {'; '.join(said)}")
+        where = listed(sorted(str(folder.relative_to(place)) for what, folder in skipped if what == kind), 3)
+        said.append(f"{kind}: {count} (in {where})")
+    source.notes += [f"skipped {'; '.join(said)}"] * bool(said)
     return source
 
 
@@ -168,10 +171,8 @@ def _by_sheet(sheet: Path, files: list[Path], skipped: Counter[tuple[str, Path]]
     if without := [file.name for file in files if file.name not in class_of]:
         raise KitError(f"{sheet} says no class of {listed(without, 3)}: add a line for each, FILE, tab, CLASS")
     skipped["lines of images that are not there", sheet.parent] += len(class_of) - len(files)
-    found: dict[str, list[Path]] = {}
-    for file in files:
-        found.setdefault(class_of[file.name], []).append(file)
-    return found
+    names = sorted({class_of[file.name] for file in files})
+    return {name: [file for file in files if class_of[file.name] == name] for name in names}
 
 
 def _once(place: Path, part: str, found: Container[str]) -> None:
@@ -223,14 +224,10 @@ def _same_classes(place: Path, part: str, classes: list[str], expected: list[str
     """Refuse a part whose classes are not training's, and name those that differ."""
     only = {"train": sorted({*expected} - {*classes}), part: sorted({*classes} - {*expected})}
     if any(only.values()):
-        alike = {_folded(name) for name in only["train"]} & {_folded(name) for name in only[part]}
+        alike = [{unicodedata.normalize("NFKC", name).casefold() for name in names} for names in only.values()]
         said = " and ".join(f"{listed(names)} only to {what}" for what, names in only.items() if names)
-        hint = " (the same but for capitals or accents' coding)" if alike else ""
+        hint = " (the same but for capitals or accents' coding)" if set.intersection(*alike) else ""
         raise KitError(f"{place} has the classes {said}{hint}: use the same names in every part")
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _arrays(place: Path) -> Source:
@@ -249,16 +246,18 @@ def _arrays(place: Path) -> Source:
     values = np.unique(parts["train"][2]) if names is None else np.arange(len(names))
     source = Source(tuple(map(str, values if names is None else names)))
     for part, (key, pixels, labels) in parts.items():
-        if len(labels) != len(pixels) or pixels.ndim not in (3, 4) or not np.isin(labels, values).all():
+        coloured = pixels.ndim == 4 and not {pixels.shape[1], pixels.shape[3]}.isdisjoint((1, 3, 4))
+        if len(labels) != len(pixels) or not (pixels.ndim == 3 or coloured) or not np.isin(labels, values).all():
             raise KitError(
-                f"{place}: {key} {pixels.shape} and its {len(labels)} labels do not fit: use (N, height, width) or "
-                f"(N, height, width, channels), a label for each, and no label that training has not"
+                f"{place}: {key} {pixels.shape} and its {len(labels)} labels do not fit: use (N, height, width), or 1, "
+                "3 or 4 channels behind or before those, a label for each (not one-hot), and none that training has not"
             )
-        if pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.shape[3] not in (1, 3, 4):
+        if pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4):
             pixels = pixels.transpose(0, 2, 3, 1)  # channels first, as torch has them
+        if pixels.dtype == np.uint8 and pixels.max(initial=0) < 2:
+            pixels = pixels.astype(bool)  # of 0 and 1, not all but black
         source.parts[part] = of_arrays(key, pixels, np.searchsorted(values, labels))
-    if arrays:
-        source.notes.append(f"skipped the arrays {listed(arrays)}")
+    source.notes += [f"skipped the arrays {listed(arrays)}"] * bool(arrays)
     return source
 
 
@@ -274,18 +273,19 @@ def _arrow(place: Path) -> Source:
             source.notes.append(f"skipped the split {split!r}")
             continue
         _once(place, part, source.parts)
-        info, state = (
-            json.loads((place / split / name).read_text(encoding="utf-8"))
-            for name in ("dataset_info.json", "state.json")
-        )
-        columns = {
-            kind: [k for k, v in info["features"].items() if v.get("_type") == kind] for kind in ("Image", "ClassLabel")
-        }
-        if [*map(len, columns.values())] != [1, 1]:
-            raise KitError(f"{place} has {columns} in {split!r}: it needs one column of images and one of class labels")
-        (image,), (label,) = columns.values()
-        files = [place / split / Path(entry["filename"]).name for entry in state["_data_files"]]
-        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
+        files = (place / split / f"{name}.json" for name in ("dataset_info", "state"))
+        info, state = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        kinds = {key: v.get("_type") for key, v in info["features"].items() if isinstance(v, dict)}  # else a list
+        of = {kind: [column for column in kinds if kinds[column] == kind] for kind in ("Image", "ClassLabel")}
+        if [*map(len, of.values())] != [1, 1]:
+            said = " and ".join(f"{listed(names) or 'none'} of {kind}" for kind, names in of.items())
+            raise KitError(
+                f"{place} has the columns {said} in {split!r}: it needs one column of images and one of class labels "
+                "(class_encode_column makes one, remove_columns leaves others out)"
+            )
+        (image,), (label,) = of.values()
+        shards = [str(place / split / Path(entry["filename"]).name) for entry in state["_data_files"]]
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in shards])
         names, labels = tuple(info["features"][label]["names"]), table.column(label).to_pylist()
         if source.class_names not in ((), names):
             _same_classes(place, split, list(names), list(source.class_names))
@@ -294,7 +294,7 @@ def _arrow(place: Path) -> Source:
             raise KitError(
                 f"{place} has labels {listed(strange)} in {split!r}, of {len(names)} classes: label or drop them"
             )
-        read = partial(lambda cells, number: cells[number].as_py()["bytes"], table.column(image))
+        read = partial(lambda cells, number: (cells[number].as_py() or {}).get("bytes"), table.column(image))
         items = [Item(f"{split}[{number}]", partial(read, number)) for number in range(len(labels))]
         source.class_names, source.parts[part] = names, Part(items, torch.tensor(labels))
     return source
