@@ -267,5 +267,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "matrix": matrix.table,
     "carried": matrix.carried,
     "notebooks": front.notebooks,
-    **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05")},
+    **{f"claims {number}": claims_of(number) for number in ("01", "02", "03", "04", "05", "07")},
 }
