@@ -237,9 +237,11 @@ def _places(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str,
     if not isinstance(content, Mapping) or depth > 5:
         return
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
-    heads = {name: match[0] for name in tensors if (match := _AVERAGE.match(name))}
-    for head in ("",) if len(heads) == len(tensors) else ("", *dict.fromkeys(heads.values())):
-        group = {name: v for name, v in tensors.items() if heads.get(name, "") == head or len(heads) == len(tensors)}
+    heads = {name: match[0] if (match := _AVERAGE.match(name)) else "" for name in tensors}
+    if all(heads.values()):  # averages alone: a prefix like any other
+        heads = dict.fromkeys(heads, "")
+    for head in dict.fromkeys(("", *heads.values())):
+        group = {name: value for name, value in tensors.items() if heads[name] == head}
         if group and not (depth and len(group) == 1):
             yield f"{path}.{head}" if head else path, group
     for name, value in content.items():

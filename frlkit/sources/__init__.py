@@ -11,8 +11,8 @@ from torch import Tensor
 
 from frlkit import KitError
 from frlkit.sources import folders, images
-from frlkit.sources.datasets import READERS, digits_split
-from frlkit.sources.folders import DataUnavailableError, Part, root
+from frlkit.sources.datasets import READERS, DataUnavailableError, digits_split, root
+from frlkit.sources.folders import Part
 from frlkit.sources.splits import stratified_split, three
 
 FOLDER = "folder:"

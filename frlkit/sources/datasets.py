@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import KitError
+from frlkit import PROJECT, KitError
 from frlkit.models import SIZE
 from frlkit.sources import images
-from frlkit.sources.folders import DataUnavailableError, Part, Source, of_arrays, root
+from frlkit.sources.folders import Part, Source, of_arrays
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -43,6 +44,25 @@ DIGITS = (
     (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
 )
 GREY, COLOUR = (SIZE, 1), (SIZE, 3)  # side in pixels and channels
+
+
+class DataUnavailableError(KitError):
+    """A data set that is neither on disk nor can be downloaded."""
+
+
+def root() -> Path:
+    """The data folder: ``FRLKIT_DATA``, else ``data`` in the project.
+
+    A relative ``FRLKIT_DATA`` means the working directory's; where that does not exist, the project's.
+    """
+    asked = os.environ.get("FRLKIT_DATA")
+    try:
+        path = Path(asked or PROJECT / "data").expanduser()
+        return path if path.is_absolute() or path.exists() else PROJECT / path
+    except (OSError, RuntimeError) as error:  # no such user, no right to look
+        raise KitError(
+            f"FRLKIT_DATA = {asked!r} cannot be looked for ({images.first_line(error)}): use another path"
+        ) from None
 
 
 @contextlib.contextmanager

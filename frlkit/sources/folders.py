@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frlkit import PROJECT, KitError
+from frlkit import KitError
 from frlkit.sources.images import Item, first_line, listed
 from frlkit.values import plain
 
@@ -29,25 +29,6 @@ LAYOUT = "use train/<class>/*, test/<class>/* and, if you like, val/<class>/*"
 ARRAYS = "use arrays x_train, y_train, x_test, y_test and, if you like, x_val, y_val and class_names, none of objects"
 SYSTEM = ("__macosx", "thumbs.db", "desktop.ini")  # what systems leave behind, beside hidden files
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows these formats and cannot decode them alone
-
-
-class DataUnavailableError(KitError):
-    """A data set that is neither on disk nor can be downloaded."""
-
-
-def root() -> Path:
-    """The data folder: ``FRLKIT_DATA``, else ``data`` in the project.
-
-    A relative ``FRLKIT_DATA`` means the working directory's; where that does not exist, the project's.
-    """
-    asked = os.environ.get("FRLKIT_DATA")
-    try:
-        path = Path(asked or PROJECT / "data").expanduser()
-        return path if path.is_absolute() or path.exists() else PROJECT / path
-    except (OSError, RuntimeError) as error:  # no such user, no right to look
-        raise KitError(
-            f"FRLKIT_DATA = {asked!r} cannot be looked for ({first_line(error)}): use another path"
-        ) from None
 
 
 @dataclass
@@ -160,7 +141,8 @@ def _folders(place: Path) -> Source:
     for kind, count in Counter(kind for kind, _ in skipped.elements()).items():
         where = listed(sorted(str(folder.relative_to(place)) for what, folder in skipped if what == kind), 3)
         said.append(f"{kind}: {count} (in {where})")
-    source.notes += [f"skipped {'; '.join(said)}"] * bool(said)
+    if said:
+        source.notes.append(f"skipped {'; '.join(said)}")
     return source
 
 
@@ -171,8 +153,10 @@ def _by_sheet(sheet: Path, files: list[Path], skipped: Counter[tuple[str, Path]]
     if without := [file.name for file in files if file.name not in class_of]:
         raise KitError(f"{sheet} says no class of {listed(without, 3)}: add a line for each, FILE, tab, CLASS")
     skipped["lines of images that are not there", sheet.parent] += len(class_of) - len(files)
-    names = sorted({class_of[file.name] for file in files})
-    return {name: [file for file in files if class_of[file.name] == name] for name in names}
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        found.setdefault(class_of[file.name], []).append(file)
+    return found
 
 
 def _once(place: Path, part: str, found: Container[str]) -> None:
@@ -257,7 +241,8 @@ def _arrays(place: Path) -> Source:
         if pixels.dtype == np.uint8 and pixels.max(initial=0) < 2:
             pixels = pixels.astype(bool)  # of 0 and 1, not all but black
         source.parts[part] = of_arrays(key, pixels, np.searchsorted(values, labels))
-    source.notes += [f"skipped the arrays {listed(arrays)}"] * bool(arrays)
+    if arrays:
+        source.notes.append(f"skipped the arrays {listed(arrays)}")
     return source
 
 
