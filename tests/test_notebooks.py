@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -107,6 +108,29 @@ def test_smoke_profile_runs_anywhere_and_reloads(path: Path, tmp_path: Path) -> 
         outputs = "".join(str(cell.outputs) for cell in cells(tmp_path / "out.ipynb"))
         assert not re.search(r"epoch \d+/\d+: loss", outputs)  # nothing was trained again
         assert weights == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("weights.safetensors")}
+
+
+@pytest.mark.parametrize("path", [DISPARITY, *NOTEBOOKS[2:5], NOTEBOOKS[6]], ids=lambda path: path.stem)
+def test_without_the_images_the_shipped_records_say_the_same(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `frlkit reproduce` runs them offline: the very claims of the notebook as it is shipped."""
+    monkeypatch.setenv("FRLKIT_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers: nothing can be downloaded
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    out = tmp_path / "out.ipynb"
+    done = command("papermill", path, out, "-p", "FIGURES", tmp_path / "figures", "--no-progress-bar", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    offline, shipped = (
+        [
+            (row["key"], row["verdict"], row["evidence"])
+            for table in claims.from_notebook(json.loads(file.read_text(encoding="utf-8"))["cells"])
+            for row in table["claims"]
+        ]
+        for file in (out, path)
+    )
+    assert shipped
+    assert offline == shipped
 
 
 def nbval(path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
