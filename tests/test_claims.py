@@ -66,8 +66,8 @@ class TestRules:
     @pytest.mark.parametrize(
         ("values", "limit", "expected"),
         [
-            (CHANGE, -2.0, "confirmed"),  # t -2.83, one-sided p 0.024
-            (CHANGE, -2.3, "not established"),  # t -1.98, p 0.059: the mean is below, its interval is not
+            (CHANGE, -2.0, "confirmed"),  # t -2.83, two-sided p 0.047
+            (CHANGE, -2.1, "not established"),  # t -2.55, p 0.064, of one side 0.032: a verdict may go either way
             (CHANGE, -5.0, "refuted"),
             ([3.0, -3.0, 1.0, -2.0, 0.5], 2.0, "not established"),  # not there, and yet not small
             (CHANGE[:4], 5.0, "not tested"),
@@ -76,6 +76,31 @@ class TestRules:
     def test_at_most_and_at_least(self, values: list[float], limit: float, expected: str) -> None:
         assert verdict(rules.at_most("report-robust", series(*values), limit=limit)) == expected
         assert verdict(rules.at_least("report-robust", -series(*values), limit=-limit)) == expected
+
+    def test_at_most_by_hand(self) -> None:
+        """Either verdict may be given, so each tail counts twice: t = -2.828, p 0.0474 for and 1 against."""
+        (comparison,) = rules.at_most("report-robust", series(*CHANGE), limit=-2).comparisons
+        assert comparison.supports == pytest.approx(0.0474, abs=1e-4)
+        assert comparison.contradicts == 1
+        assert comparison.says == "ours − theirs: -3.0 ± 0.8 points [-4.0, -2.0], limit -2"
+
+    def test_lower_over_images(self) -> None:
+        """Seeds that agree exactly establish nothing where a class has ten images, and do where it has a thousand."""
+
+        def asked(images: int, seeds: int = 5) -> tuple[str, rules.Comparison]:
+            wrong = np.arange(images) % 10 < np.array([[5], [3]])  # half of class 0 against three in ten
+            theirs, ours = (np.tile(~np.append(each, [False]), (seeds, 1)) for each in wrong)
+            labels = [0] * images + [1]
+            theirs[:, -1] = ours[:, -1] = True
+            question = rules.lower_over_images("report-robust", "ours − theirs", ours, theirs, labels)
+            return verdict(question), question.comparisons[0]
+
+        assert asked(10)[0] == "not established"
+        found, comparison = asked(1000)
+        assert found == "confirmed"
+        assert comparison.says.startswith("ours − theirs: -20.0 points [-2")
+        assert comparison.supports == pytest.approx(2 / statistics.DRAWS)
+        assert asked(1000, seeds=4)[0] == "not tested"
 
     def test_every_takes_the_weakest_part_as_one_comparison(self) -> None:
         parts = [series(*CHANGE), series(*(value + 2.0 for value in CHANGE)), series(*(v + 3.0 for v in CHANGE))]

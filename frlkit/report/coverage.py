@@ -1,6 +1,6 @@
-"""What of both texts is reproduced: `coverage.yaml` against the records, notebooks and figures that are there.
+"""What of both texts is examined: `coverage.yaml` against the records, notebooks and figures that are there.
 
-Status of a row: R reproduced (all its evidence is there), P partly (some of it, or an analogue), B built and not run,
+Status of a row: R, the experiment reproduced, whatever it says (all its evidence is there, verdicts beside it), P partly (some of it, or an analogue), B built and not run,
 N not. The reason is what is missing, and the row's own words.
 """
 
@@ -21,7 +21,7 @@ from frlkit.records import read
 from frlkit.report import claims, names, tables
 
 SHORTER = " (first edition's length only)"
-STATUSES = {"R": "reproduced", "P": "partly", "B": "built, not run", "N": "not"}
+STATUSES = {"R": "experiment reproduced, whatever it says", "P": "partly", "B": "built, not run", "N": "not"}
 
 
 class Shown(NamedTuple):
@@ -132,20 +132,23 @@ def table(project: Path = PROJECT) -> str:
     lines = []
     for row in rows():
         letter, reason = status(row, found)
-        lines.append([row["row"], row["item"], letter, _evidence(row), reason])
+        lines.append([row["row"], row["item"], letter, _evidence(row, found), reason])
     counts = Counter(line[2] for line in lines)
     total = ", ".join(f"{counts[letter]} {letter} ({words})" for letter, words in STATUSES.items())
     head = ["#", "item", "status", "evidence", "not R because"]
-    return f"{len(lines)} rows: {total}.\n\n{tables.markdown(head, lines)}"
+    asked = {one["verdict"] for row in rows() for one in row["shown"] if "verdict" in one}
+    verdicts = Counter(found.verdicts.get(key, "not tested") for key in sorted(asked))
+    judged = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+    return f"{len(lines)} rows: {total}. Verdicts among their evidence: {judged}.\n\n{tables.markdown(head, lines)}"
 
 
-def _evidence(row: Mapping[str, Any]) -> str:
+def _evidence(row: Mapping[str, Any], found: Shown) -> str:
     words = []
     for one in row["shown"]:
         if "runs" in one:
             words.append(f"runs: {names.title(names.recipe(one['runs']))}")
         elif "verdict" in one:
-            words.append(f"claim {one['verdict']}")
+            words.append(f"claim {one['verdict']}: {found.verdicts.get(one['verdict'], 'not tested')}")
         elif "file" in one:
             words.append(f"`{one['file']}`")
         elif "attack" in one:

@@ -125,7 +125,7 @@ def value_bars(scored: pd.DataFrame, note: str, unit: str = "error (%)") -> Figu
 def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) -> Figure:
     """Average against worst class, one panel a pair of `tables.scores`' columns, every method a numbered, named point.
 
-    The line joins the methods that no other beats in both.
+    The staircase bounds what some method reaches: no other beats those at its corners in both.
     """
     counts = _counts(scored.rename_axis(["recipe", "seed"]).reset_index())
     figure, axes = plt.subplots(1, len(pairs), figsize=(6.6 * len(pairs), 5.4), squeeze=False, layout="constrained")
@@ -133,7 +133,7 @@ def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) ->
         means = mechanism.pareto(scored, average, worst)
         sd = scored[[average, worst]].groupby(level=0, sort=False).std().fillna(0)
         best = means[means["front"]].sort_values(average)
-        axis.plot(best[average], best[worst], color=COLOURS[1], linewidth=1.2, zorder=0)
+        axis.step(best[average], best[worst], where="post", color=COLOURS[1], linewidth=1.2, zorder=0)
         style = {"fmt": "o", "color": COLOURS[0], "elinewidth": 0.7, "markersize": 5}
         axis.errorbar(means[average], means[worst], xerr=sd[average], yerr=sd[worst], **style)
         name_points(axis, means[average], means[worst], [str(number) for number in range(1, len(means) + 1)])
@@ -178,12 +178,16 @@ def one_class(table: pd.DataFrame, note: str) -> Figure:
 
 
 def confusion_map(change: pd.DataFrame, note: str) -> Figure:
-    """Heat map of a change of `mechanism.confusion`, in points of the true class's images: red pays, blue gains."""
+    """Heat map of a change of `mechanism.confusion`, in points of the true class's images.
+
+    On the diagonal red is more images that are right, elsewhere more of this mistake.
+    """
     figure, axis = plt.subplots(figsize=(11, 7), layout="constrained")
     size = float(np.abs(change.to_numpy()).max())
     labels = {"xticklabels": [literal(n) for n in change.columns], "yticklabels": [literal(n) for n in change.index]}
     change = change.round(1) + 0.0  # no minus zero
-    sns.heatmap(change, annot=True, fmt=".1f", cmap="RdBu_r", vmin=-size, vmax=size, cbar=False, ax=axis, **labels)
+    bar = {"label": "points of the true class: on the diagonal right, elsewhere mistaken"}
+    sns.heatmap(change, annot=True, fmt=".1f", cmap="RdBu_r", vmin=-size, vmax=size, ax=axis, cbar_kws=bar, **labels)
     axis.set(xlabel="ends in (target)", ylabel="true class (source)")
     axis.tick_params(axis="x", rotation=35)
     axis.tick_params(axis="y", rotation=0)

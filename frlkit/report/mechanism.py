@@ -10,7 +10,7 @@ import pandas as pd
 
 from frlkit import KitError
 from frlkit.records import entry_of
-from frlkit.report import statistics, tables
+from frlkit.report import rules, statistics, tables
 from frlkit.report.names import plain, title
 
 Seeds = Sequence[Mapping[str, Any]]  # of one recipe: a record or a history per seed
@@ -77,11 +77,18 @@ def pareto(scored: pd.DataFrame, average: str, worst: str) -> pd.DataFrame:
     return means.assign(front=statistics.front(means.to_numpy()))
 
 
-def dominated(points: pd.DataFrame, recipe: str) -> str:
-    """Which others are as low in all columns of `pareto` and lower in one, in words."""
-    values = points.drop(columns="front")
-    better = (values <= values.loc[recipe]).all(axis=1) & (values < values.loc[recipe]).any(axis=1)
-    return f"dominated by {', '.join(map(title, values.index[better]))}" if better.any() else "dominated by none"
+def dominated(scored: pd.DataFrame, recipe: str, columns: Sequence[str]) -> str:
+    """Which others have means as low in all columns of `tables.scores`, and one lower beyond chance, in words.
+
+    Beyond chance: the paired t interval (95 %) over seeds lies below 0. With too few common seeds nothing is said.
+    """
+    better = []
+    for other in scored.index.unique("recipe").drop(recipe):
+        change = (scored.loc[other][list(columns)] - scored.loc[recipe][list(columns)]).dropna()
+        beyond = min(statistics.mean_interval(change[column])[1] for column in columns)  # NaN without two seeds
+        if len(change) >= rules.FEWEST_SEEDS and (change.mean() <= 0).all() and beyond < 0:
+            better.append(title(other))
+    return f"dominated by {', '.join(better) or 'none'}"
 
 
 def violations(history: Mapping[str, Any], tau_nat: float = 0.05, tau_bdy: float = 0.07) -> pd.DataFrame:

@@ -173,5 +173,6 @@ DATASETS |= {"gtsrb17": "GTSRB-17"}  # the 17 classes with the most training ima
 
 
 def dataset(name: str) -> str:
-    """A data set's name in prose."""
-    return DATASETS.get(name, name)
+    """A data set's name in prose; what follows it in brackets stays."""
+    code, bracket, rest = name.partition(" (")
+    return DATASETS.get(code, code) + bracket + rest

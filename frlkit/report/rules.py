@@ -67,13 +67,30 @@ def higher(key: str, *changes: pd.Series, unit: str = "points") -> Question:
 
 
 def at_most(key: str, *values: pd.Series, limit: float, unit: str = "points") -> Question:
-    """The claim that the means are below `limit`: one-sided 95 %. A change that is merely not there does not do."""
-    return Question(key, tuple(_one_sided(value, limit, "less", unit) for value in values))
+    """The claim that the means are below `limit`: t test against it, two-sided 95 %. A change not there does not do."""
+    return Question(key, tuple(_against(value, limit, "less", unit) for value in values))
 
 
 def at_least(key: str, *values: pd.Series, limit: float, unit: str = "points") -> Question:
     """The claim that the means are above `limit`; "cannot lower it by m" is ``at_least(..., limit=-m)``."""
-    return Question(key, tuple(_one_sided(value, limit, "greater", unit) for value in values))
+    return Question(key, tuple(_against(value, limit, "greater", unit) for value in values))
+
+
+def lower_over_images(
+    key: str, label: str, ours: np.ndarray, theirs: np.ndarray, labels: Sequence[int], unit: str = "points"
+) -> Question:
+    """The claim that a method's worst-class error is below another's, for other seeds *and* other test images.
+
+    For few images a class, where what chance put among them outweighs the seeds. Arguments as in
+    `statistics.paired_worst`, whose bootstrap gives the p-values: twice the share of draws on the other side of 0.
+    """
+    if len(ours) < FEWEST_SEEDS:
+        return Question(key, (Comparison(f"{label}: {_seeds(len(ours))}", tested=False),))
+    change, draws = statistics.paired_worst_draws(ours, theirs, labels)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    says = f"{label}: {100 * change:.1f} {unit} [{100 * low:.1f}, {100 * high:.1f}] over seeds and images"
+    p = [min(1.0, 2 * max(float(np.mean(side)), 1 / len(draws))) for side in (draws >= 0, draws <= 0)]
+    return Question(key, (Comparison(says, *p),))
 
 
 def correlated(key: str, difficulty: pd.DataFrame, targets: Mapping[str, pd.DataFrame]) -> Question:
@@ -124,19 +141,21 @@ def _two_sided(change: pd.Series, side: str, unit: str) -> Comparison:
     if missing := _too_few(change, unit):
         return missing
     low, high = statistics.mean_interval(change)
-    p = {way: min(1.0, 2 * statistics.p_beyond(change, 0, way)) for way in ("less", "greater")}
-    says = f"{_said(change, unit)} [{low:.1f}, {high:.1f}]"
-    return Comparison(says, p[side], p["greater" if side == "less" else "less"])
+    return Comparison(f"{_said(change, unit)} [{low:.1f}, {high:.1f}]", *_both_ways(change, 0, side))
 
 
-def _one_sided(value: pd.Series, limit: float, side: str, unit: str) -> Comparison:
+def _against(value: pd.Series, limit: float, side: str, unit: str) -> Comparison:
     if missing := _too_few(value, unit):
         return missing
+    low, high = statistics.mean_interval(value)
+    return Comparison(f"{_said(value, unit)} [{low:.1f}, {high:.1f}], limit {limit:g}", *_both_ways(value, limit, side))
+
+
+def _both_ways(values: pd.Series, limit: float, side: str) -> tuple[float, float]:
+    """p-values for and against a mean on this side of the limit: either may be believed, so both are two-sided."""
     other = "greater" if side == "less" else "less"
-    bound = statistics.mean_interval(value, 0.9)[side == "less"]
-    words = "at most" if side == "less" else "at least"
-    says = f"{_said(value, unit)}, {words} {bound:.1f}, limit {limit:g}"
-    return Comparison(says, statistics.p_beyond(value, limit, side), statistics.p_beyond(value, limit, other))
+    supports, contradicts = (min(1.0, 2 * statistics.p_beyond(values, limit, way)) for way in (side, other))
+    return supports, contradicts
 
 
 def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Comparison:

@@ -62,10 +62,20 @@ def worst_interval(shares: np.ndarray, images: np.ndarray, draws: int = DRAWS) -
     return float(low), float(high)
 
 
-def paired_worst(
-    ours: ArrayLike, theirs: ArrayLike, labels: ArrayLike, draws: int = DRAWS
-) -> tuple[float, float, float]:
+def paired_worst(ours: ArrayLike, theirs: ArrayLike, labels: ArrayLike) -> tuple[float, float, float]:
     """Worst-class error of one method minus another's, mean over seeds, with its bootstrap 95 % interval: fractions.
+
+    Arguments and errors as in `paired_worst_draws`.
+    """
+    change, draws = paired_worst_draws(ours, theirs, labels)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return change, float(low), float(high)
+
+
+def paired_worst_draws(
+    ours: ArrayLike, theirs: ArrayLike, labels: ArrayLike, draws: int = DRAWS
+) -> tuple[float, np.ndarray]:
+    """Worst-class error of one method minus another's, mean over seeds, and what bootstrap draws make of it: fractions.
 
     `ours` and `theirs` (S, N) are True where seed s is right about test image n (clean, or under one attack), `labels`
     (N,) the classes. Both methods saw the same images, so each draw takes the same ones for both and for every seed:
@@ -89,8 +99,7 @@ def paired_worst(
         times = generator.multinomial(count, np.full(count, 1 / count), size=draws)
         drawn = np.maximum(drawn, np.einsum("di,msi->dms", times, part, optimize=True) / count)
     change = drawn[:, 0] - drawn[:, 1]  # (draws, S)
-    low, high = np.percentile(np.take_along_axis(change, seeds, 1).mean(1), [2.5, 97.5])
-    return float((worst[0] - worst[1]).mean()), float(low), float(high)
+    return float((worst[0] - worst[1]).mean()), np.take_along_axis(change, seeds, 1).mean(1)
 
 
 def wilson(wrong: ArrayLike, images: ArrayLike) -> list[tuple[float, float]]:
