@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from frlkit import disk
-from frlkit.options import DATA, DEVICE, RUNS, Choice, names_of
+from frlkit.commands.options import BATCH_SIZE, DATA, DEVICE, PATH, RUNS, Choice, names_of
 
 
 class Numbers(click.ParamType):
@@ -54,7 +54,7 @@ ATTACK = _options(
         "--loss", type=Choice(names_of("attacks", "LOSSES")), default="ce", show_default=True, help="What it ascends."
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts."),
-    click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON."),
+    click.option("--json", "out", type=PATH, help="Write the result there as JSON."),
     DEVICE,
 )
 
@@ -68,11 +68,11 @@ MODEL = click.option(
 
 
 @click.command(short_help="Any network, any images: errors of each class, and whether to trust them.")
-@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("weights", type=PATH)
 @MODEL
 @READING
 @ATTACK
-@click.option("--output", type=click.Path(path_type=Path), help="A folder for the report card and its audit.json.")
+@click.option("--output", type=PATH, help="A folder for the report card and its audit.json.")
 @click.option("--images", type=click.IntRange(1), help="Test images at most. Default: all.")
 @click.option("--ladder", type=click.IntRange(0), default=0, help="Images that AutoAttack attacks too; needs --output.")
 @click.option("--certify", type=click.IntRange(0), default=0, help="Images to certify; needs --output.")
@@ -83,33 +83,29 @@ def audit(output: Path | None, images: int | None, ladder: int, certify: int, ou
     --model loads its own. A file's code is never run; that of your own --model file is. How the images are to be
     normalised, and which activation and pooling a LeNet-5 has, is found out on a few clean images.
     """
+    from frlkit import checkpoint
+    from frlkit.report import card
+
     kept = disk.ready(output) / "audit.json" if output else out
     click.get_current_context().meta["resumes"] = bool(output and (ladder or certify))
     found = _audited(asked, most=images, ladder=ladder, certify=certify, path=kept)
     if output and out:
-        _write(out, found)
+        checkpoint.write_json(out, found)
     if output:
-        click.echo(f"written: {_card(found, output)}")
-
-
-def _card(found: dict[str, Any], output: Path) -> Path:
-    """The report card's page."""
-    from frlkit.report import card
-
-    return card.write([found], output)
+        click.echo(f"written: {card.write([found], output)}")
 
 
 @click.command(short_help="Make any network fairer: before, control, method and moved biases in one report card.")
-@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("weights", type=PATH)
 @MODEL
 @READING
 @click.option("--recipe", default="algorithm1_both", show_default=True, help="A retraining recipe; fields may vary.")
 @click.option("--eps", type=float, help="Radius of training and of the attack, in 1/255. Default: the recipe's, and 8.")
 @click.option("--epochs", type=int, help="Of a retraining. Default: the recipe's own.")
-@click.option("--batch-size", type=int, default=100, show_default=True, help="Images in a batch.")
+@BATCH_SIZE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the retraining.")
 @click.option("--images", type=click.IntRange(1), help="Test images at most. Default: all.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A folder for the report card.")
+@click.option("--output", type=PATH, required=True, help="A folder for the report card.")
 @RUNS
 @DEVICE
 def fairer(
@@ -148,7 +144,7 @@ def fairer(
 
 
 @click.command(short_help="Class-wise errors of any weights: the short form of audit.")
-@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("weights", type=PATH)
 @click.option("--model", type=Choice(names_of("models", "MODELS")), default="lenet5", show_default=True)
 @READING
 @ATTACK
@@ -158,6 +154,8 @@ def evaluate(out: Path | None, **asked: Any) -> None:
     WEIGHTS is any file of plain tensors that fits the model, such as a torch.save of a state_dict or safetensors. The
     JSON holds natural, robust and boundary as lists of fractions by class. More: frlkit audit.
     """
+    from frlkit import checkpoint
+
     if out is not None:
         disk.ready(out.parent)
     found = _audited(asked, curve=False)
@@ -170,13 +168,7 @@ def evaluate(out: Path | None, **asked: Any) -> None:
             "confusion": found["confusion"]["robust"],
         }
         del found["curve"]
-        _write(out, found | renamed)
-
-
-def _write(out: Path, found: dict[str, Any]) -> None:
-    from frlkit import checkpoint
-
-    checkpoint.write_json(out, found)
+        checkpoint.write_json(out, found | renamed)
 
 
 def _command() -> str:
@@ -215,13 +207,13 @@ def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
 
 
 @click.command(short_help="Which test images no attack can ever fool, class by class.")
-@click.argument("target", type=click.Path(path_type=Path), metavar="FOLDER_OR_WEIGHTS")
+@click.argument("target", type=PATH, metavar="FOLDER_OR_WEIGHTS")
 @click.option("--eps", type=float, default=8, show_default=True, help="Radius, in 1/255.")
 @click.option("--images", type=click.IntRange(1), help="The first so many test images. Default: all.")
 @click.option("--balanced", is_flag=True, help="The first of every class instead, equally many of each.")
 @click.option("--steps", type=int, default=0, show_default=True, help="Rounds of tightening undecided images' bounds.")
 @click.option("--seconds", type=float, default=0, help="For cutting up each image that is undecided then. Default: 0.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
+@click.option("--json", "out", type=PATH, help="Keep the result there; the same command goes on.")
 @click.option("--model", "model_name", help="For a file of weights, as audit's. Default: lenet5.")
 @click.option("--dataset", help="Default: the run's, or fashion_mnist.")
 @DEVICE
@@ -258,3 +250,6 @@ def certify(
     bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)
     if bounded:
         click.echo(f"{record['seconds'] / bounded:.2f} s an image for its bounds")
+
+
+COMMANDS = (audit, evaluate, fairer, certify)
