@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def audit(output: Path | None, images: int | None, ladder: int, certify: int, ou
     from frlkit import checkpoint
     from frlkit.report import card
 
-    kept = disk.ready(output) / "audit.json" if output else out
+    kept = ready(output) / "audit.json" if output else out
     click.get_current_context().meta["resumes"] = bool(output and (ladder or certify))
     found = _audited(asked, most=images, ladder=ladder, certify=certify, path=kept)
     if output and out:
@@ -125,7 +126,7 @@ def fairer(
     from frlkit.evaluation import Attack
     from frlkit.report import card, names
 
-    disk.ready(output)
+    ready(output)
     read = readings.read(None if str(weights) == "-" else weights, device=data.pick_device(device), **asked)
     values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
     attack = Attack() if eps is None else Attack(eps, eps / 4)
@@ -157,7 +158,7 @@ def evaluate(out: Path | None, **asked: Any) -> None:
     from frlkit import checkpoint
 
     if out is not None:
-        disk.ready(out.parent)
+        ready(out.parent)
     found = _audited(asked, curve=False)
     if out is not None:
         renamed = {
@@ -173,6 +174,16 @@ def evaluate(out: Path | None, **asked: Any) -> None:
 
 def _command() -> str:
     return shlex.join(["frlkit", *sys.argv[1:]])
+
+
+def ready(folder: Path) -> Path:
+    """The folder, made where it is missing; raises `WriteError` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise disk.not_written(folder, error) from None
 
 
 def said(read: Any) -> None:
@@ -234,7 +245,7 @@ def certify(
     place = data.pick_device(device)
     click.get_current_context().meta["resumes"] = out is not None
     if out is not None:
-        disk.ready(out.parent)
+        ready(out.parent)
     if target.is_dir():
         model, config = runs.read_weights(target / runs.WEIGHTS)
         if model_name not in (None, config["model"]):

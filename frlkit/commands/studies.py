@@ -214,8 +214,8 @@ def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
     Float rounding may flip single images on another processor, hence the tolerance.
     """
     from frlkit import data
+    from frlkit.report.studies import verify as recompute
     from frlkit.runs import WEIGHTS
-    from frlkit.runs import verify as recompute
 
     differences = []
     for folder, difference in recompute(runs, data.load(dataset, device=data.pick_device(device))):
