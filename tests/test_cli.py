@@ -35,6 +35,7 @@ from frlkit.__main__ import main
 from frlkit.commands import options
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
+from frlkit.report import studies
 
 
 @pytest.fixture(autouse=True)
@@ -306,7 +307,7 @@ class TestTrain:
 def test_quiet_shows_no_progress_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JPY_SESSION_NAME", "a notebook")  # where progress is watched
     seen: list[bool] = []
-    monkeypatch.setattr(runs, "verify", lambda *_: seen.append(watched()) or iter(()))
+    monkeypatch.setattr(studies, "verify", lambda *_: seen.append(watched()) or iter(()))
     for words in ((), ("-q",)):
         call(*words, "verify", "--dataset", "digits")
     assert seen == [True, False] and watched()
