@@ -1,10 +1,10 @@
 """A reproduction kit for *To be Robust or to be Fair* (Xu et al., ICML 2021).
 
-Floors, top down; an import never climbs: ``__main__`` · ``commands``, ``reproduce`` · wings ``audit``, ``report``,
-``scale`` · ``runs``, ``notebook`` · ``training``, ``records`` · ``losses`` · ``evaluation``, ``recipes``,
+Floors, top down; an import never climbs: ``__main__`` · wing ``commands`` · ``reproduce`` · wings ``audit``,
+``report``, ``scale`` · ``runs``, ``notebook`` · ``training``, ``records`` · ``losses`` · ``evaluation``, ``recipes``,
 ``interval`` · ``attacks``, ``fairness`` · ``data`` · ``kernels``, ``sources``, ``drive`` · ``checkpoint``,
-``distributed``, ``options`` · ``models``, ``values``, ``disk``, ``origin``. ``theory`` stands alone. The numbered
-notebooks are prose, parameters and calls to these.
+``distributed`` · ``models``, ``values``, ``disk``, ``origin``. ``theory`` stands alone. The numbered notebooks are
+prose, parameters and calls to these.
 """
 
 import contextlib

@@ -43,8 +43,7 @@ def pgd(
     """Maximise a loss within the l-infinity ball around each image, by signed gradient steps (Madry et al., 2018).
 
     Each step is ``x' <- clip(x' + step_size * sign(d loss / d x'))`` onto [max(0, x - eps), min(1, x + eps)]. The model
-    runs in eval mode; afterwards its mode and its parameters' ``requires_grad`` are as before, and no gradient has
-    reached a parameter.
+    runs in eval mode; afterwards its mode and its parameters' ``requires_grad`` are as before; none gets a gradient.
 
     Parameters
     ----------
@@ -60,18 +59,13 @@ def pgd(
     generator : where the starts come from; None is torch's global generator
     only : (N,) bool, the samples to attack, each from the start that it would have anyway; the others come back as x
 
-    Returns
-    -------
-    Tensor
-        Adversarial batch, shape of x, inside [max(0, x - eps), min(1, x + eps)]; where eps is 0 it is x itself.
-
-    Raises
-    ------
-    KitError
-        A value out of range, named.
+    Returns the adversarial batch, shaped as x; where eps is 0 it is x itself. Raises `KitError` for a value out of
+    range, by name.
     """
     x = x.detach()
-    eps, step_size = _check(x, y, eps, step_size, steps, random_start, restarts, loss)
+    _check_batch(x, y)
+    _check_settings(steps, random_start, restarts, loss)
+    eps, step_size = _per_sample("eps", eps, x), _per_sample("step_size", step_size, x)
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     with evaluating(model):
         _check_labels(model, x, y)
@@ -92,8 +86,8 @@ def pgd(
             if best is None:
                 best, best_score = adversarial, score
             else:
-                better = score > best_score
-                best, best_score = torch.where(_column(better), adversarial, best), torch.maximum(score, best_score)
+                better = (score > best_score).view(-1, 1, 1, 1)
+                best, best_score = torch.where(better, adversarial, best), torch.maximum(score, best_score)
     return best
 
 
@@ -118,10 +112,8 @@ def objective(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
 
 
 def _ascend(model: nn.Module, parts: tuple[Tensor, ...], steps: int, loss: str, rows: slice) -> Tensor:
-    """The steps from a given start, for some rows of the batch, through a fast path where one serves this model.
-
-    `parts`: x, the start, targets, eps, step_size, and the bounds of the ball within [0, 1].
-    """
+    """The steps for some rows of a batch, through a fast path where one serves this model. `parts`: x, the start,
+    targets, eps, step_size, and the bounds of the ball within [0, 1]."""
     x, adversarial, targets, eps, step_size, low, high = (part[rows] for part in parts)
     if path := kernels.fast(model):
         return path.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
@@ -164,29 +156,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, C) of images (N, channels, side, side) in eval mode, without a graph; every module's mode is restored.
-
-    In training mode the images would enter the statistics of batch normalisation.
-    """
+    """Logits (N, C) of images (N, channels, side, side), without a graph, in eval mode, which is then undone: in train
+    mode the images would enter the statistics of batch normalisation."""
     with evaluating(model):
         return logits(model, x)
 
 
-def _column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-def _check(
-    x: Tensor,
-    y: Tensor,
-    eps: float | Tensor,
-    step_size: float | Tensor,
-    steps: int,
-    random_start: bool | float | str,
-    restarts: int,
-    loss: str,
-) -> tuple[Tensor, Tensor]:
-    """Refuse bad input by name; return eps and step_size as columns, (N, 1, 1, 1)."""
+def _check_batch(x: Tensor, y: Tensor) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise KitError(f"x of shape {tuple(x.shape)}, {x.dtype}: an attack takes floats (N, channels, height, width)")
     if x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
@@ -195,6 +171,9 @@ def _check(
         )
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise KitError(f"y of shape {tuple(y.shape)}, {y.dtype}: give one int64 label for each of the {len(x)} images")
+
+
+def _check_settings(steps: int, random_start: bool | float | str, restarts: int, loss: str) -> None:
     if loss not in LOSSES:
         raise KitError(f"loss = {loss!r} is unknown: use one of {', '.join(LOSSES)}")
     share = isinstance(random_start, (bool, float)) and 0 <= random_start <= 1
@@ -203,7 +182,6 @@ def _check(
     for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise KitError(f"{name} = {value!r}: use a whole number, {least} or more")
-    return _per_sample("eps", eps, x), _per_sample("step_size", step_size, x)
 
 
 def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -213,6 +191,7 @@ def _check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """A radius or step of each image, (N, 1, 1, 1); refused by name where it is none."""
     try:
         column = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     except (TypeError, ValueError, RuntimeError):
@@ -225,4 +204,4 @@ def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         )
     if not bool((column.isfinite() & (column >= 0)).all()):
         raise KitError(f"{name} = {value!r}: every value must be finite and 0 or more, in [0, 1] units such as 8 / 255")
-    return _column(column.expand(len(x)))
+    return column.expand(len(x)).view(-1, 1, 1, 1)

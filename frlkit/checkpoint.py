@@ -1,9 +1,8 @@
-"""One atomic file after every epoch, and the files of a finished run.
+"""Files written whole or not at all, and a run's state after every epoch: nested tensors, numbers, text and lists.
 
-A state is a nested dictionary of tensors, numbers, text and lists. It is written to a temporary file in the same
-folder, flushed to disk and renamed, and the generation before it is kept, so a crash at any moment leaves a whole
-file. It carries a digest of its own content, so damage is noticed, and is read with ``weights_only=True``, so that a
-file from a stranger cannot run code.
+A state is written to a temporary file in the same folder, flushed to disk and renamed, and the generation before it is
+kept, so a crash at any moment leaves a whole file. It carries a digest of its own content, so damage is noticed, and is
+read with ``weights_only=True``, so that a file from a stranger cannot run code.
 """
 
 from __future__ import annotations
@@ -58,18 +57,14 @@ def digest(state: Any) -> str:
 
 def nonfinite(state: Mapping[str, Any]) -> str:
     """Which of a state's weights has NaN or infinity, such as ``model.fc1.weight``; "" where none."""
-    for part in ("model", "average"):
-        weights = state.get(part)
-        if name := models.nonfinite(weights) if isinstance(weights, Mapping) else "":
-            return f"{part}.{name}"
-    return ""
+    parts = {part: state[part] for part in ("model", "average") if isinstance(state.get(part), Mapping)}
+    return models.nonfinite({f"{part}.{name}": values for part in parts for name, values in parts[part].items()})
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes], *, keep: Path | None = None) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes.
 
-    Temporary files of this name that a kill left behind go first. Raises `WriteError` where the disk is full, read-only
-    or gone.
+    Temporary files of this name that a kill left go first. Raises `WriteError` where the disk is full, read-only, gone.
     """
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -127,9 +122,9 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """Read a file that `save` wrote. Raises `KitError` where it is damaged, foreign, or more than plain data."""
-    state = load_plain(path, device)
+    state = load_plain(path)
     if not isinstance(state, dict) or "digest" not in state:
         raise KitError(f"{path} is no checkpoint of this kit: it carries no digest of its content")
     found = state.pop("digest")
@@ -142,11 +137,10 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     return state
 
 
-def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
-    """What ``torch.save`` wrote: tensors, numbers, text and containers, no code (``weights_only=True``).
+def load_plain(path: Path) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, text and containers, no code (``weights_only=True``), on the CPU.
 
-    Raises `KitError` where there is no such file, or it holds something else or is damaged, `ReadError` where the disk
-    does not give it.
+    Raises `KitError` where it is missing, damaged or something else, `ReadError` where the disk does not give it.
     """
     try:
         content = path.read_bytes()
@@ -157,15 +151,13 @@ def load_plain(path: Path, device: str | torch.device = "cpu") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on odd pickle protocols: the file is refused or harmless
-            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message explains how to run the code in it
-        raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded") from None
-    except Exception as error:  # a damaged file can raise anything
-        reason = first_line(error)[:150]
-        raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded ({reason})") from None
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything; of code in one, torch explains how to run it
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)[:150]})"
+        raise KitError(f"{path} is no whole file of plain tensors, so it was not loaded{reason}") from None
 
 
-def resume(path: Path, config: Mapping[str, Any], device: str | torch.device = "cpu") -> dict[str, Any] | None:
+def resume(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The newest whole generation, or None where there is none.
 
     A damaged file, one that is no run's checkpoint, or one whose weights are not finite is moved aside (``*.damaged``)
@@ -176,7 +168,7 @@ def resume(path: Path, config: Mapping[str, Any], device: str | torch.device = "
         if not exists(candidate):
             continue
         try:
-            state = read(candidate, device)
+            state = read(candidate)
             if "epoch" not in state:
                 raise KitError(f"{candidate} is no checkpoint of a run: it names no epoch to go on from")
             if name := nonfinite(state):

@@ -1,8 +1,7 @@
 """Data sets as resident tensors: a whole split is one uint8 tensor on the device, floats in [0, 1] appear at the batch.
 
-Their readers, for public data sets and for anyone's images (``folder:PATH``), are the wing `frlkit.sources`, and draw
-the validation split from the training set before any training, so no model has seen it. No normalisation, no worker
-processes; augmentation is the training's (`augmented`).
+The wing `frlkit.sources` reads public data sets and anyone's images (``folder:PATH``), and draws the validation split
+from the training set before any training, so no model has seen it. No normalisation; augmentation is the training's.
 """
 
 from __future__ import annotations
@@ -52,9 +51,7 @@ class Split:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """The index, (count,), of images drawn at random; one of each class that they miss takes another's place.
-
-        Raises `KitError` where there are fewer than classes.
-        """
+        Raises `KitError` where `count` is below the number of classes."""
         classes = self.classes or int(self.labels.max()) + 1
         if count < classes:
             raise KitError(f"{count} images are fewer than the {classes} classes: their errors are undefined; use more")
@@ -81,17 +78,15 @@ class Dataset:
     drawn: bool = True  # validation images are drawn from the training images, and are not a folder's own
 
     def with_validation(self, share: float) -> Dataset:
-        """This data set with another share of its training images set aside.
-
-        Itself where the share is the same, or the validation images are a folder's own.
-        """
+        """This data set with another share of its training images set aside: itself where the share is the same, or
+        the validation images are a folder's own."""
         if share == self.share or not self.drawn:
             return self
-        both = (self.train, self.validation)
-        images, labels = torch.cat([split.images for split in both]), torch.cat([split.labels for split in both])
-        groups = None if self.train.groups is None else torch.cat([split.groups for split in both])
+        one, other = self.train, self.validation
+        groups = None if one.groups is None else torch.cat([one.groups, other.groups])
+        labels = torch.cat([one.labels, other.labels])
+        whole = Split(torch.cat([one.images, other.images]), labels, groups, one.classes)
         drawn = stratified_split(labels.cpu(), share, 0, None if groups is None else groups.cpu())
-        whole = Split(images, labels, groups, self.train.classes)
         train, validation = (whole.take(index.to(labels.device)) for index in drawn)
         return replace(self, train=train, validation=validation, share=share)
 
@@ -151,14 +146,9 @@ def load(
     channels, upright : of a folder's images (`images.read`): 1 or 3 channels, as the kit's own colour networks take
         them unless said otherwise, None for what the files suggest; whether EXIF turns them
 
-    What was skipped, resized or scaled in a folder is printed to stderr, and kept as `Dataset.notes`.
-
-    Raises
-    ------
-    DataUnavailableError
-        Not on disk and no download: says which folder was searched.
-    KitError
-        Unknown name, files that are damaged, or a class without an image in one of the three splits.
+    What was skipped, resized or scaled in a folder is printed to stderr, and kept as `Dataset.notes`. Raises
+    `DataUnavailableError`, with the folder searched, where it is neither on disk nor downloaded, and `KitError` for an
+    unknown name, damaged files, or a class without an image in one of the three splits.
     """
     names, parts, pixels, notes, drawn = sources.read(name, validation, split_seed, size, channels, upright)
     for note in notes:
@@ -182,10 +172,10 @@ def folder_name(name: str) -> str:
 
 
 def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Randomly shifted, and for "crop_flip" mirrored, copies of a batch (N, channels, side, side), on its device.
+    """Randomly shifted copies of a batch (N, channels, side, side), on its device; `kind` is "crop" or "crop_flip".
 
-    "crop" pads by 4 black pixels and cuts a window of the old size anywhere, one draw per image, as torchvision's
-    ``RandomCrop(side, padding=4)``; "crop_flip" mirrors every image with probability one half as well.
+    A window of the old side is cut anywhere from the images padded by 4 black pixels, as torchvision's
+    ``RandomCrop(side, padding=4)`` does; "crop_flip" mirrors every image with probability one half as well.
     """
     count, _, side, _ = images.shape
     device = images.device

@@ -11,7 +11,6 @@ import errno
 import glob
 import os
 import re
-import tempfile
 import threading
 import time
 import warnings
@@ -42,10 +41,8 @@ class ReadError(KitError, OSError):
 
 def not_written(path: Path, error: OSError) -> WriteError:
     """The sentence for a file that the disk did not take."""
-    return WriteError(
-        f"{path} cannot be written ({error.strerror or error}): free space or choose another folder, and run the same "
-        "again; what was saved before is intact"
-    )
+    fix = "free space or choose another folder, and run the same again; what was saved before is intact"
+    return WriteError(f"{path} cannot be written ({error.strerror or error}): {fix}")
 
 
 def not_read(path: Path, error: OSError) -> ReadError:
@@ -68,16 +65,6 @@ def exists(path: Path) -> bool:
     except OSError as error:
         raise not_read(path, error) from None
     return True
-
-
-def ready(folder: Path) -> Path:
-    """The folder, made where it is missing; raises `WriteError` where nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise not_written(folder, error) from None
 
 
 @dataclass(eq=False)
@@ -183,25 +170,20 @@ def at_rest(folder: Path) -> bool:
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a run's folder: a second process says so and waits until the first has finished, or has died.
 
-    Raises `WriteError` where the folder cannot be held, and in place of any bare error about a file in it. However it
-    ends, the folder is free again.
+    Raises `WriteError` where it cannot be held, or for any bare error about a file in it; at the end it is free again.
     """
-    hold = None
+    hold, held = None, False
     try:
-        try:
-            hold = _wait_for(folder)
-            sweep_up(folder)
-        except OSError as error:
-            raise error if isinstance(error, KitError) else not_written(folder, error) from None
-        try:
-            yield
-        except OSError as error:
-            if error.filename is None and error.errno in OF_DISKS and not isinstance(error, KitError):
-                raise not_written(folder, error) from None  # of a write, which names no file
-            named = isinstance(error.filename, (str, bytes, os.PathLike))
-            if isinstance(error, KitError) or not named or folder not in Path(os.fsdecode(error.filename)).parents:
-                raise
-            raise not_written(Path(os.fsdecode(error.filename)), error) from None
+        hold = _wait_for(folder)
+        sweep_up(folder)
+        held = True
+        yield
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else folder
+        of_write = error.filename is None and error.errno in OF_DISKS  # which names no file
+        if isinstance(error, KitError) or (held and not of_write and folder not in path.parents):
+            raise
+        raise not_written(path if held else folder, error) from None
     finally:
         if hold is not None:
             for _ in range(2):  # left there, it would say that somebody works on a finished run

@@ -7,10 +7,9 @@ A sample counts as boundary error when it is right clean and wrong attacked, so 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from frlkit.data import Split
 from frlkit.models import SIZE
 from frlkit.values import Count, Pixels, Seed, checked
 
-T = TypeVar("T")
 BATCH = 1000  # images of up to 3x32x32 attacked at a time; a sample's random start depends on it
 
 
@@ -68,29 +66,21 @@ class ClassErrors:
 
 
 def stream(*keys: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A random generator that depends on whole numbers alone, such as (seed, epoch): no state is carried over.
-
-    Calls must agree on how many keys they give for one purpose: a trailing 0 counts as absent.
-    """
+    """A random generator that depends on whole numbers alone, such as (seed, epoch), of which a trailing 0 counts as
+    absent: no state is carried over."""
     seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
     return torch.Generator(device=device).manual_seed(seed % 2**63)
 
 
 @contextlib.contextmanager
 def number_format(precision: str, device: torch.device) -> Iterator[None]:
-    """The numbers that a network computes with inside: float32, or on a GPU TensorFloat-32 ("tf32"), or "bf16".
-
-    PyTorch lets convolutions use TensorFloat-32 unless told otherwise, so float32 has to be asked for too. On a CPU
-    "tf32" is float32.
-    """
+    """The numbers that a network computes with inside: float32, "bf16", or "tf32", on a CPU float32, on a GPU
+    TensorFloat-32, which PyTorch's convolutions use unless told otherwise."""
     if precision == "bf16":
         with torch.autocast(device.type, torch.bfloat16):
             yield
         return
-    if device.type != "cuda":
-        yield
-        return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:
@@ -135,22 +125,10 @@ def _attacked(
         yield y, clean, attacked(model, x, y, attack, number, only)
 
 
-def _in_float32(measure: Callable[..., T]) -> Callable[..., T]:
-    """Errors are measured in float32, whatever the model was trained with."""
-
-    @functools.wraps(measure)
-    def measured(model: nn.Module, split: Split, attack: Attack, *rest: Any) -> T:
-        with number_format("float32", split.labels.device):
-            return measure(model, split, attack, *rest)
-
-    return measured
-
-
 def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     """Evaluate a whole split in batches, clean and under `attack`.
 
     The clean image lies in the ball, so a sample that is wrong clean counts as wrong attacked too, and is not attacked.
-
     Raises `KitError` where a class has no image or the network has too few outputs for the labels.
     """
     labels, clean, attacked = predictions(model, split, attack)
@@ -164,29 +142,29 @@ def changed(model: nn.Module, split: Split, attack: Attack) -> np.ndarray:
     return np.bincount(labels, clean != attacked, classes) / np.bincount(labels, minlength=classes)
 
 
-@_in_float32
 def predictions(
     model: nn.Module, split: Split, attack: Attack, wrong_too: bool = False, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, and predicted classes clean and under attack, (N,) each, `most` images at a time (`batches`).
 
-    Without `wrong_too`, images that are wrong clean are not attacked.
+    In float32, whatever the model was trained with. Without `wrong_too`, images that are wrong clean are not attacked.
     """
     if not len(split):
         raise KitError("the split has no images: its errors are undefined")
-    parts = _attacked(model, split, attack, wrong_too, most)
-    found = [(y, clean, predict(model, adversarial)) for y, clean, adversarial in parts]
+    with number_format("float32", split.labels.device):
+        parts = _attacked(model, split, attack, wrong_too, most)
+        found = [(y, clean, predict(model, adversarial)) for y, clean, adversarial in parts]
     labels, clean, attacked = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
     return labels, clean, attacked
 
 
-@_in_float32
 def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     """Mean probability of each class over the attacked images of each class, (C, C) float64: true by predicted."""
     sums: Tensor | float = 0.0
-    for y, _, adversarial in _attacked(model, split, attack):
-        probabilities = outputs(model, adversarial).softmax(1).double().cpu()
-        sums = sums + F.one_hot(y.cpu(), probabilities.shape[1]).double().T @ probabilities
+    with number_format("float32", split.labels.device):
+        for y, _, adversarial in _attacked(model, split, attack):
+            probabilities = outputs(model, adversarial).softmax(1).double().cpu()
+            sums = sums + F.one_hot(y.cpu(), probabilities.shape[1]).double().T @ probabilities
     return sums / sums.sum(1, keepdim=True)
 
 

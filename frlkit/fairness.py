@@ -28,8 +28,7 @@ from frlkit.values import Positive, Share, Size, checked
 class Rule:
     """How class-wise errors become class weights and class radii; the fields of a retraining run that decide it."""
 
-    scheme: Literal["multipliers", "dafa", "one_class"] = "multipliers"  # one_class: one is trained at radius_high
-    # times the radius
+    scheme: Literal["multipliers", "dafa", "one_class"] = "multipliers"  # one_class: see `one_class`
     alpha_nat: Size = 0.0  # rate of the natural multipliers
     alpha_bdy: Size = 0.0  # rate of the boundary multipliers
     alpha_margin: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0  # rate of the radii's logarithms; negative shrinks the
@@ -120,19 +119,17 @@ def setting(state: State, rule: Rule) -> Setting:
     ignores whatever all classes share, so that average and tolerance have no effect; "printed" 1/C + phi_i, the weights
     of Algorithm 1 as printed, whose sum grows; "intercept" all equal, since the output layer moves.
     """
-    low, high = _log_caps(rule)
     weights = {
         "lagrangian": class_weights,
         "softmax": lambda phi: (1 + phi).softmax(0),
         "printed": lambda phi: 1 / len(phi) + phi,
         "intercept": lambda phi: torch.full_like(phi, 1 / len(phi)),
     }[rule.weighting]
-    return Setting(weights(state.phi_nat), weights(state.phi_bdy), state.log_radius.clamp(low, high).exp())
+    return Setting(weights(state.phi_nat), weights(state.phi_bdy), state.log_radius.clamp(*_log_caps(rule)).exp())
 
 
 def offsets(state: State) -> Tensor:
-    """What the controls without training add to the output biases or the logarithms of the rows' norms, (C,): their
-    multipliers, less the mean."""
+    """The multipliers less their mean, (C,): what the controls without training add to output biases or log norms."""
     total = state.phi_nat + state.phi_bdy
     return total - total.mean()
 

@@ -56,10 +56,9 @@ def _fair_loss(
     R_bdy (section 4.2 of the paper; the authors' code). pgd_at: weighted cross-entropy of the attacked images.
     report_reweight and report_remargin: what the report's code computes.
     """
-    eps = config.eps_255 / 255 * balance.radius_factors[y]  # (N,)
-    step = torch.full_like(eps, config.step_255 / 255)
+    own = balance.radius_factors[y]  # (N,)
+    eps, step = config.eps_255 / 255 * own, torch.full_like(own, config.step_255 / 255)
     if config.step != "fixed":
-        own = balance.radius_factors[y]
         step = step * (own if config.step == "own" else own.max())
     if config.method == "frl":
         adversarial = pgd(model, x, y, eps, step, config.steps, loss="kl", random_start="gaussian", generator=generator)
@@ -89,11 +88,8 @@ def _fair_loss(
 def _certified_loss(
     model: nn.Module, x: Tensor, y: Tensor, config: FairConfig, balance: fairness.Setting, progress: float
 ) -> Tensor:
-    """(1 - kappa) * weighted cross-entropy of the clean images + kappa * that of the worst logits in the ball.
-
-    The second term bounds the cross-entropy under any attack (Gowal et al., 2018). Radius and kappa rise to the run's
-    over the first `config.ramp` of the training.
-    """
+    """(1 - kappa) * weighted cross-entropy of the clean images + kappa * that of the worst logits in the ball, which
+    bounds it under any attack (Gowal et al., 2018). Radius and kappa rise over the first `config.ramp` of training."""
     done = interval.warm_up(progress, config.ramp)
     eps, kappa = done * config.eps_255 / 255 * balance.radius_factors[y], done * config.kappa
     natural = _weighted_cross_entropy(logits(model, x), y, balance.weights_nat)

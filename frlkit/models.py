@@ -103,9 +103,8 @@ class PreActivationBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual networks for 32x32 images: a 3x3 convolution, groups of blocks that halve the side, mean, linear.
 
-    `widths` has the first convolution's width and then each group's, `blocks` the number of blocks in each group. Runs
-    in eval mode under attack and when evaluated: batch normalisation then uses its running statistics, and only clean
-    and attacked *training* batches, in train mode, move them.
+    `widths` has the first convolution's width and then each group's, `blocks` the number of blocks in each group.
+    Attacks and evaluation run in eval mode, so that *training* batches alone move batch normalisation's statistics.
     """
 
     image_shape = (3, 32, 32)
@@ -159,7 +158,6 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "wrn_28_10": partial(ResNet, block=PreActivationBlock, blocks=(4, 4, 4), widths=(16, 160, 320, 640)),
 }
 
-
 #: The networks' names in titles.
 TITLES = {
     "lenet5": "LeNet-5",
@@ -171,8 +169,6 @@ TITLES = {
     "resnet34": "ResNet-34",
     "wrn_28_10": "WRN-28-10",
 }
-
-
 _lent: dict[str, nn.Module] = {}
 
 
@@ -196,12 +192,9 @@ def known(name: str) -> str:
 
 
 def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Module:
-    """Build a network by name, with its weights drawn from `seed` alone (the global random state is left as it was).
-
-    Raises `KitError` for an unknown name or class count.
-    """
-    known(name)
-    if name in _lent:
+    """A network by name, its weights drawn from `seed` alone: the global random state is left as it was.
+    Raises `KitError` for an unknown name or class count."""
+    if known(name) in _lent:
         return copy.deepcopy(_lent[name])
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise KitError(f"num_classes = {num_classes!r}: a network needs a whole number of classes, 2 or more")
@@ -213,10 +206,8 @@ def build(name: str, num_classes: int = 10, seed: int | None = None) -> nn.Modul
 
 def nonfinite(weights: Mapping[str, Any]) -> str:
     """The first of these tensors by name that has NaN or infinity; "" where none has."""
-    for name, values in weights.items():
-        if isinstance(values, Tensor) and not bool(values.isfinite().all()):
-            return name
-    return ""
+    tensors = ((name, values) for name, values in weights.items() if isinstance(values, Tensor))
+    return next((name for name, values in tensors if not bool(values.isfinite().all())), "")
 
 
 def place(model: nn.Module, device: str | torch.device) -> nn.Module:

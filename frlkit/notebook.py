@@ -1,5 +1,4 @@
-"""What every notebook's set-up and parameter cells need: strict parameters, and paths that do not depend on the
-working directory.
+"""What every notebook's set-up and parameter cells need: strict parameters, paths from any working directory.
 
 Papermill only warns about a misspelt parameter and passes ``-p FLAG true`` on as text, so the notebook itself checks:
 `parameters` refuses unknown names, wrong types and values out of range, in one sentence, before anything is computed.
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,13 +41,12 @@ def _distinct(items: list[Any]) -> list[Any]:
 
 
 def _natural_first(recipes: list[str]) -> list[str]:
-    if recipes[0] != "natural" or len(recipes) < 2:
+    if _distinct(recipes)[0] != "natural" or len(recipes) < 2:
         raise ValueError("a list that begins with 'natural', the reference, and has another")
     return recipes
 
 
 Seeds = Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], AfterValidator(_distinct)]
-Epochs = Annotated[int, Field(ge=1, le=1000)]
 # Checked as a float, kept as it is: recipes are named after it, and 1 is no 1.0 there.
 Strength = Annotated[float, Field(ge=0, le=1000), WrapValidator(lambda value, check: (check(value), value)[1])]
 
@@ -56,13 +54,9 @@ Strength = Annotated[float, Field(ge=0, le=1000), WrapValidator(lambda value, ch
 #: names those that it has, with type and help for papermill; a new parameter is declared here and there.
 PARAMETERS: dict[str, Any] = {
     "DATASET": Annotated[str, PlainValidator(_data_set)],
-    "RECIPES": Annotated[
-        list[Literal[tuple(BASE)]],  # type: ignore[misc]
-        AfterValidator(_distinct),
-        AfterValidator(_natural_first),
-    ],
+    "RECIPES": Annotated[list[Literal[tuple(BASE)]], AfterValidator(_natural_first)],  # type: ignore[misc]
     "SEEDS": Seeds,
-    "EPOCHS": Epochs,
+    "EPOCHS": Annotated[int, Field(ge=1, le=1000)],
     "BATCH_SIZE": Annotated[int, Field(ge=1, le=10**5)],
     "FRL_SEEDS": Seeds,
     "FRL_EPOCHS": Annotated[int, Field(ge=0, le=1000)],  # 0: each recipe's own
@@ -103,12 +97,7 @@ def parameters(namespace: Mapping[str, Any]) -> SimpleNamespace:
     `namespace` is the notebook's ``globals()``. The notebook's own parameters are those that its ``# Parameters`` cell
     annotates; what each may be is declared in `PARAMETERS`. Names that another ``# Parameters`` cell set since, as
     papermill's does, but that no notebook has are refused; one that only another notebook has is named in a printed
-    line and otherwise ignored, for a profile serves all notebooks.
-
-    Raises
-    ------
-    ParameterError
-        One sentence: the name, the value, what is allowed.
+    line and otherwise ignored, for a profile serves all notebooks. Raises `ParameterError`: name, value, allowed ones.
     """
     own, others = _named(namespace.get("In", []))
     own = own or [name for name in PARAMETERS if name in namespace]  # run as a script, without IPython's history
@@ -126,25 +115,17 @@ def parameters(namespace: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def _named(history: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Names that the newest '# Parameters' cell with annotations annotates, and those that such cells set since.
-
-    `history` is IPython's: one source for each cell that ran, the running one last.
-    """
+    """Names that the newest '# Parameters' cell with annotations annotates, and those that such cells set since;
+    `history` is IPython's: one source for each cell that ran, the running one last."""
     others: set[str] = set()
     for source in reversed(history[:-1]):
         if source.lstrip().startswith("# Parameters"):
             tree = ast.parse(source)
-            own = [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]
-            others |= set(_assigned(tree))
-            if own:
+            names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+            others |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+            if own := [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]:
                 return own, others
     return [], others
-
-
-def _assigned(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -182,11 +163,8 @@ def folder(path: str, default: str, *, drive: bool = False) -> Path:
 
 
 def load_data(dataset: str, device: str) -> tuple[data.Dataset | None, str, str]:
-    """The data set, a label for tables and titles, and one for file names.
-
-    Where it cannot be found or downloaded, prints why and returns None with labels that say so: a study is then drawn
-    from the shipped records.
-    """
+    """The data set, a label for tables and titles, and one for file names. Where it cannot be found or downloaded,
+    prints why and returns None with labels that say so: a study is then drawn from the shipped records."""
     name = data.folder_name(dataset)
     try:
         return data.load(dataset, device=data.pick_device(device)), dataset, name

@@ -81,20 +81,21 @@ class Recipe(NamedTuple):
 
 _LOOP = {"method": "frl", "epochs": 12, "steps": 10, "beta": 1.5, "bound": 0.5, "tau_bdy": 0.02, "ema": 0.998}
 _ALGORITHM1 = {**_LOOP, "alpha_nat": 0.3}
-_INTERCEPT = {
-    **{"method": "intercept", "epochs": 24, "weighting": "intercept", "alpha_nat": 1.0, "alpha_bdy": 1.0},
-    **{"tau_nat": 0.05, "tau_bdy": 0.02},
-}
-_PAPER = {
-    **{"method": "frl", "epochs": 40, "steps": 10, "beta": 1.5, "bound": 1.0, "tau_nat": 0.05, "tau_bdy": 0.07},
-    **{"radius_low": 0.0, "radius_high": 1e6, "alpha_nat": 0.05, "lr_every": 10**5},
-}
+_INTERCEPT = {"method": "intercept", "epochs": 24, "weighting": "intercept", "alpha_nat": 1.0, "alpha_bdy": 1.0}
+_INTERCEPT |= {"tau_nat": 0.05, "tau_bdy": 0.02}
+_LATE = {**_INTERCEPT, "start": "uniform", "start_epochs": 12}
+_NORMS = {**_INTERCEPT, "moved": "norms", "alpha_nat": 0.1, "alpha_bdy": 0.1}
+_PAPER = {"method": "frl", "epochs": 40, "steps": 10, "beta": 1.5, "bound": 1.0, "tau_nat": 0.05, "tau_bdy": 0.07}
+_PAPER |= {"radius_low": 0.0, "radius_high": 1e6, "alpha_nat": 0.05, "lr_every": 10**5}
 _PRINTED = {**_PAPER, "weighting": "printed", "subtract_average": False}
 _OFFICIAL = {
     **{"method": "frl", "epochs": 40, "steps": 10, "beta": 1.5, "step": "largest", "clamp_state": False},
     **{"optimizer": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "lr_every": 10**5},
     **{"bound": 0.5, "tau_nat": 0.07, "tau_bdy": 0.07, "radius_low": 0.98, "radius_high": 3.0},
 }
+_AUTHORS = {**_OFFICIAL, "alpha_nat": 0.05}
+_AUTHORS_REWEIGHT = {**_AUTHORS, "alpha_bdy": 0.1, "tau_nat": 0.1, "tau_bdy": 0.1}
+_RATES = {"alpha_bdy": 0.1, "alpha_margin": 0.4}  # in the authors' code
 _REPORT = {
     **{"epochs": 20, "lr": 1e-4, "step_255": 1.0, "steps": 20, "step": "fixed", "update_images": 2100},
     **{"measure_255": 16.0, "tau_nat": 0.05, "tau_bdy": 0.05, "weighting": "softmax", "accumulate": False},
@@ -102,17 +103,23 @@ _REPORT = {
     **{"boundary": "changed", "updates": 24},
 }
 _REPORT_LOOP = {**_REPORT, "method": "report_reweight", "eps_255": 16.0}
+_REPORT_MARGIN = {
+    **{**_REPORT, "method": "report_remargin", "epochs": 10, "attacked": 0.5, "alpha_nat": 1.0, "alpha_margin": 10.0},
+    **{"subtract_average": False, "unshuffled_labels": True},
+}
+_INTERVALS = {"method": "certified", "start": "random", "epochs": 20, "ramp": 0.6, "lr_every": 13, "lr_divide": 10.0}
 _CERTIFIED = {**_ALGORITHM1, "method": "certified", "start": "certified", "start_epochs": 20, "boundary": "certified"}
 _REWEIGHT, _MARGIN = {"alpha_bdy": 0.3}, {"alpha_margin": 3.0}
 _BOTH = {**_REWEIGHT, **_MARGIN}
+_SHRUNK = {**_ALGORITHM1, "alpha_margin": -3.0, "radius_low": 0.5, "radius_high": 1.0}
+_BASELINE = {**_LOOP, "method": "pgd_at", "target": "robust", "alpha_bdy": 0.3, "tau_bdy": 0.07}
 _WIDE, _RANDOM = {"eps_255": 12.0, "step_255": 3.0}, {"start": "random", "epochs": 27}
+_HALF = {"method": "pgd_at", "attacked": 0.5, "steps": 20}
 
 #: From nothing, the preliminary study's: what differs between its models. Schedule and optimiser are the same.
 BASE: dict[str, Recipe] = {
     "natural": Recipe("Natural training", "paper, report", {"method": "natural"}),
-    "pgd_at_half": Recipe(
-        "PGD-AT, half of each batch (report)", "report", {"method": "pgd_at", "attacked": 0.5, "steps": 20}
-    ),
+    "pgd_at_half": Recipe("PGD-AT, half of each batch (report)", "report", _HALF),
     "pgd_at": Recipe("PGD-AT, whole batch (paper)", "paper", {"method": "pgd_at", "attacked": 1.0, "steps": 10}),
     "trades": Recipe("TRADES", "paper", {"method": "trades", "beta": 6.0, "steps": 10}),
     "n_fgsm": Recipe("N-FGSM, one step", "de Jorge et al. 2022", {"method": "n_fgsm", "steps": 1}),
@@ -134,11 +141,7 @@ FAIR: dict[str, Recipe] = {
     "algorithm1_reweight": Recipe("Algorithm 1, Reweight", "paper", {**_ALGORITHM1, **_REWEIGHT}),
     "algorithm1_remargin": Recipe("Algorithm 1, Remargin", "paper", {**_ALGORITHM1, **_MARGIN}),
     "algorithm1_both": Recipe("Algorithm 1, Reweight + Remargin", "paper", {**_ALGORITHM1, **_BOTH}),
-    "baseline_reweight": Recipe(
-        "Baseline reweight (Agarwal)",
-        "paper; Agarwal et al. 2018",
-        {**_LOOP, "method": "pgd_at", "target": "robust", "alpha_bdy": 0.3, "tau_bdy": 0.07},
-    ),
+    "baseline_reweight": Recipe("Baseline reweight (Agarwal)", "paper; Agarwal et al. 2018", _BASELINE),
     "baseline_uniform": Recipe("Baseline's loop, equal weights (control)", "control", {**_LOOP, "method": "pgd_at"}),
     "natural_only": Recipe("Natural multipliers alone (control)", "control", _ALGORITHM1),
     "boundary_only": Recipe("Boundary multipliers alone (control)", "control", {**_LOOP, **_REWEIGHT}),
@@ -146,59 +149,26 @@ FAIR: dict[str, Recipe] = {
     "constant_radius": Recipe("Natural multipliers, 12/255 for all (control)", "control", {**_ALGORITHM1, **_WIDE}),
     "constant_margin": Recipe("Equal weights, 12/255 for all (control)", "control", {**_LOOP, **_WIDE}),
     "intercept": Recipe("Output biases moved, nothing else (control)", "control", _INTERCEPT),
-    "head_norms": Recipe(
-        "Norms of the output's rows tuned, nothing else (control)",
-        "control",
-        {**_INTERCEPT, "moved": "norms", "alpha_nat": 0.1, "alpha_bdy": 0.1},
-    ),
-    "intercept_uniform": Recipe(
-        "Retrained with equal weights, then biases moved (control)",
-        "control",
-        {**_INTERCEPT, "start": "uniform", "start_epochs": 12},
-    ),
-    "shrunk_margin": Recipe(
-        "Radii of hard classes shrunk",
-        "CFA's direction, Wei et al. 2023",
-        {**_ALGORITHM1, "alpha_margin": -3.0, "radius_low": 0.5, "radius_high": 1.0},
-    ),
+    "head_norms": Recipe("Norms of the output's rows tuned, nothing else (control)", "control", _NORMS),
+    "intercept_uniform": Recipe("Retrained with equal weights, then biases moved (control)", "control", _LATE),
+    "shrunk_margin": Recipe("Radii of hard classes shrunk", "CFA's direction, Wei et al. 2023", _SHRUNK),
     "random_start_uniform": Recipe("From random weights, equal weights (control)", "control", {**_LOOP, **_RANDOM}),
     "random_start_both": Recipe("Algorithm 1, both, from random weights", "paper", {**_ALGORITHM1, **_BOTH, **_RANDOM}),
     "printed_reweight": Recipe("Reweight as printed", "paper", {**_PRINTED, "alpha_bdy": 0.1}),
     "printed_remargin": Recipe("Remargin as printed", "paper", {**_PRINTED, "alpha_margin": 0.4}),
-    "printed_both": Recipe("Both as printed", "paper", {**_PRINTED, "alpha_bdy": 0.1, "alpha_margin": 0.4}),
+    "printed_both": Recipe("Both as printed", "paper", {**_PRINTED, **_RATES}),
     "eq17_reweight": Recipe("Reweight under Eq. 17", "paper", {**_PAPER, "alpha_bdy": 0.1}),
     "eq17_remargin": Recipe("Remargin under Eq. 17", "paper", {**_PAPER, "alpha_margin": 0.4}),
-    "eq17_both": Recipe("Both under Eq. 17", "paper", {**_PAPER, "alpha_bdy": 0.1, "alpha_margin": 0.4}),
+    "eq17_both": Recipe("Both under Eq. 17", "paper", {**_PAPER, **_RATES}),
     "official_uniform": Recipe("Authors' loop, equal weights (control)", "control", _OFFICIAL),
-    "official_reweight": Recipe(
-        "Authors' code, Reweight",
-        "authors' code",
-        {**_OFFICIAL, "alpha_nat": 0.05, "alpha_bdy": 0.1, "tau_nat": 0.1, "tau_bdy": 0.1},
-    ),
-    "official_remargin": Recipe(
-        "Authors' code, Remargin", "authors' code", {**_OFFICIAL, "alpha_nat": 0.05, "alpha_margin": 0.4}
-    ),
-    "official_both": Recipe(
-        "Authors' code, Reweight + Remargin",
-        "authors' code",
-        {**_OFFICIAL, "alpha_nat": 0.05, "alpha_bdy": 0.1, "alpha_margin": 0.4},
-    ),
+    "official_reweight": Recipe("Authors' code, Reweight", "authors' code", _AUTHORS_REWEIGHT),
+    "official_remargin": Recipe("Authors' code, Remargin", "authors' code", {**_AUTHORS, "alpha_margin": 0.4}),
+    "official_both": Recipe("Authors' code, Reweight + Remargin", "authors' code", {**_AUTHORS, **_RATES}),
     "report_uniform": Recipe("Report's loop, equal weights (control)", "control", _REPORT_LOOP),
     "report_reweight": Recipe("Report's Reweight", "report", {**_REPORT_LOOP, "alpha_nat": 1.0, "alpha_bdy": 1.0}),
-    "report_remargin": Recipe(
-        "Report's Remargin",
-        "report",
-        {
-            **{**_REPORT, "method": "report_remargin", "epochs": 10, "attacked": 0.5, "alpha_nat": 1.0},
-            **{"alpha_margin": 10.0, "subtract_average": False, "unshuffled_labels": True},
-        },
-    ),
+    "report_remargin": Recipe("Report's Remargin", "report", _REPORT_MARGIN),
     "dafa": Recipe("DAFA", "Lee et al. 2024", {**_LOOP, "scheme": "dafa", "radius_low": 0.0}),
-    "certified": Recipe(
-        "Certified training (intervals)",
-        "Gowal et al. 2018",
-        {"method": "certified", "start": "random", "epochs": 20, "ramp": 0.6, "lr_every": 13, "lr_divide": 10.0},
-    ),
+    "certified": Recipe("Certified training (intervals)", "Gowal et al. 2018", _INTERVALS),
     "certified_uniform": Recipe("Certified, equal weights (control)", "control", {**_CERTIFIED, "alpha_nat": 0.0}),
     "certified_reweight": Recipe("Certified, Reweight", "paper", {**_CERTIFIED, **_REWEIGHT}),
     "certified_remargin": Recipe("Certified, Remargin", "paper", {**_CERTIFIED, **_MARGIN}),

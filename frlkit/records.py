@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -44,14 +44,11 @@ def _is_attack(value: dict[str, Any]) -> dict[str, Any]:
 
 
 _Errors = Annotated[list[Share], Field(min_length=2)]
-OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-
+OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # of a file, and so of what is in it
 _Images = Annotated[int, Field(ge=0, le=10**9)]
 
 
 class _Entry(TypedDict):
-    __pydantic_config__ = OPEN
     attack: Annotated[dict[str, Any], AfterValidator(_is_attack)]
     robust: _Errors
     boundary: list[float]
@@ -59,7 +56,6 @@ class _Entry(TypedDict):
 
 
 class _Config(TypedDict):
-    __pydantic_config__ = OPEN
     dataset: NotRequired[str]
     seed: NotRequired[Annotated[int, Field(ge=0)]]
 
@@ -100,7 +96,6 @@ class _Validation(TypedDict):
 
 
 class _Epoch(TypedDict):
-    __pydantic_config__ = OPEN
     lr: Annotated[float, Field(ge=0)]
     loss: float
     seconds: Annotated[float, Field(ge=0)]
@@ -199,12 +194,11 @@ def evaluate(
         if attack in done:
             continue
         errors = class_errors(model, data.test, attack)
-        record["images"] = int(errors.counts.sum())
-        record["class_counts"] = errors.counts.tolist()
+        record |= {"images": int(errors.counts.sum()), "class_counts": errors.counts.tolist()}
         record["natural"] = errors.natural.tolist()
         entry = {"attack": asdict(attack), "robust": errors.robust.tolist(), "boundary": errors.boundary.tolist()}
-        made_by = {"kernel": kernels.describe(model), "versions": versions()}
-        record["attacks"].append({**entry, "confusion": errors.confusion.tolist(), **made_by})
+        entry |= {"confusion": errors.confusion.tolist(), "kernel": kernels.describe(model), "versions": versions()}
+        record["attacks"].append(entry)
         if path is not None:
             _keep_outcomes(path.with_name(OUTCOMES), record["weights_sha256"], attack, errors)
             checkpoint.write_json(path, record)
@@ -213,8 +207,8 @@ def evaluate(
 
 def _keep_outcomes(path: Path, weights: str, attack: Attack, errors: ClassErrors) -> None:
     """Add an attack's outcomes to those of the same weights."""
-    kept = {name: np.packbits(values) for name, values in outcomes(path, weights).items()}
-    kept |= {"clean": np.packbits(errors.right), str(attack): np.packbits(errors.stands)}
+    found = {**outcomes(path, weights), "clean": errors.right, str(attack): errors.stands}
+    kept = {name: np.packbits(values) for name, values in found.items()}
     kept |= {"images": np.array(len(errors.right)), "weights_sha256": np.array(weights)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **kept)
@@ -238,32 +232,3 @@ def outcomes(path: Path, weights: str | None = None) -> dict[str, np.ndarray]:
         raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged archive can raise anything
         raise KitError(f"the outcomes {path} cannot be read ({error}): delete them to have them made again") from None
-
-
-def robust_errors(record: Mapping[str, Any], eps_255: float) -> np.ndarray:
-    """A record's class-wise robust error (C,) under the standard attack at a radius in 1/255."""
-    return np.array(entry_of(record, eps_255)["robust"])
-
-
-def entry_of(record: Mapping[str, Any], eps_255: float) -> dict[str, Any]:
-    """A record's entry for the standard attack at a radius in 1/255; raises `KitError` where it has none."""
-    for entry in record["attacks"]:
-        if Attack(**entry["attack"]) == Attack(eps_255=eps_255):
-            return entry
-    raise KitError(f"the record has no {Attack(eps_255=eps_255)}: evaluate the weights with it first")
-
-
-def largest_difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """The largest class-wise difference (a fraction) of two records of one model under the same attacks.
-
-    Raises `KitError` where they do not have the same classes and attacks.
-    """
-    classes = [len(r.get("natural", ())) for r in (record, other)]
-    if classes[0] != classes[1]:
-        raise KitError(f"one record has errors of {classes[0]} classes, the other of {classes[1]}")
-    ours, theirs = ({Attack(**entry["attack"]): entry["robust"] for entry in r["attacks"]} for r in (record, other))
-    if only := set(ours) ^ set(theirs):
-        raise KitError(f"only one of the two records has {min(map(str, only))}: evaluate both alike")
-    differences = [np.subtract(ours[attack], theirs[attack]) for attack in ours]
-    differences += [np.subtract(record["natural"], other["natural"])] if ours else []
-    return float(np.abs(differences).max(initial=0))

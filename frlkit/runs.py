@@ -1,4 +1,4 @@
-"""A run's folder: start, go on, finish, reload, verify.
+"""A run's folder: start, go on, finish, reload.
 
 RUNS/DATASET/RECIPE/seedN holds ``checkpoint.pt`` after every epoch of a run, and of a finished one
 ``weights.safetensors``, ``history.json``, ``record.json`` and ``outcomes.npz``.
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training, watched
-from frlkit import data as data_of
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
 from frlkit.recipes import OWN, Config, FairConfig, described, spelled, start_of
@@ -32,10 +31,8 @@ FILES = (WEIGHTS, "history.json", records.OUTCOMES, "record.json")  # the record
 
 
 def folder(runs: Path, recipe: str, config: Config) -> Path:
-    """Where a run lives: RUNS/DATASET/RECIPE/seedN, data set and recipe in their one spelling.
-
-    Where a folder has the recipe's fields in another order, it is that one.
-    """
+    """Where a run lives: RUNS/DATASET/RECIPE/seedN, data set and recipe in their one spelling, or the folder that has
+    the recipe's fields in another order."""
     place, name = runs / folder_name(config.dataset), spelled(recipe)
     try:
         if name.count(",") > 1 and not (place / name).exists() and place.is_dir():
@@ -49,11 +46,6 @@ def folder(runs: Path, recipe: str, config: Config) -> Path:
 def _orders(place: Path, _changed: int) -> dict[frozenset[str], str]:
     """The recipes of a data set's folder by their parts, as long as it does not change."""
     return {frozenset(path.name.split(",")): path.name for path in sorted(place.iterdir())}
-
-
-def files(place: Path) -> dict[str, bytes]:
-    """A finished run's files by name; outcomes where it has them."""
-    return {name: (place / name).read_bytes() for name in FILES if name != records.OUTCOMES or (place / name).exists()}
 
 
 def own_start(model: nn.Module) -> str:
@@ -76,7 +68,7 @@ def run(config: Config, data: Dataset, place: Path) -> nn.Module:
     if distributed.from_main(lambda: disk.exists(place / WEIGHTS) and at_rest(place)):
         return _finish(config, own, place)
     with disk.only_one(place) if distributed.is_main() else contextlib.nullcontext():
-        if not distributed.from_main(lambda: _has_weights(place)):
+        if not distributed.from_main(lambda: has_weights(place)):
             _train(config, own, place, lambda: _starting_model(config, data, place))
         return _finish(config, own, place)
 
@@ -87,7 +79,7 @@ def at_rest(place: Path) -> bool:
     return disk.exists(place / "record.json") and disk.at_rest(place) and not left
 
 
-def _has_weights(place: Path) -> bool:
+def has_weights(place: Path) -> bool:
     """Whether a run is trained; weights that frlkit 0.1 left (``weights.pt``) are written anew as safetensors."""
     old = place / "weights.pt"
     if not disk.exists(place / WEIGHTS) and disk.exists(old):
@@ -102,25 +94,24 @@ def _has_weights(place: Path) -> bool:
 def _train(config: Config, data: Dataset, place: Path, starting_model: Callable[[], nn.Module]) -> None:
     """Epochs from the newest checkpoint to the last, saving after each; leaves weights and history."""
     path = place / "checkpoint.pt"
-    own: dict[str, Any] = {"config": described(config), "data_sha256": data.fingerprint}
+    own: dict[str, Any] = {"config": described(config), "data_sha256": data.fingerprint, "made_by": []}
     state = distributed.from_main(lambda: checkpoint.resume(path, own["config"]))
     if state is None:
         progress = training.begin(config, data, starting_model())
         if progress.start is not None:
             progress.start = {"sha256": checkpoint.digest(dict(progress.model.state_dict())), **progress.start}
-        own["made_by"] = []
     else:
         refuse_other_images(path, state, data)
         progress = training.resume(config, data, state)
-        own["made_by"] = list(state.get("made_by", []))
+        own["made_by"] += state.get("made_by", [])
     _note_machine(own["made_by"], progress.model, place)
     for _ in training.epochs(progress, lambda batches, epoch: _follow(batches, data, config, epoch, place)):
         if distributed.is_main():
             checkpoint.save(path, {**own, **progress.plain()}, keep_previous=True)
     if distributed.is_main():
-        start = {"start": progress.start} if progress.start is not None else {}
-        history = {**own, **own["made_by"][-1], **start, "epochs": progress.history}
-        checkpoint.write_json(place / "history.json", history)
+        start = {} if progress.start is None else {"start": progress.start}
+        kept = {**own, **own["made_by"][-1], **start, "epochs": progress.history}
+        checkpoint.write_json(place / "history.json", kept)
         write_weights(place / WEIGHTS, progress.result.state_dict(), own["config"], len(data.class_names))
 
 
@@ -133,37 +124,25 @@ def refuse_other_images(path: Path, found: Mapping[str, Any], data: Dataset) -> 
         )
 
 
-def images_there(dataset: str) -> Dataset | None:
-    """The images of a folder; None for a known data set, and where the folder is not, as on a cluster's driver."""
-    place = data_of.root() / Path(dataset.removeprefix(data_of.FOLDER)).expanduser()
-    return _loaded(dataset) if dataset.startswith(data_of.FOLDER) and disk.exists(place) else None
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(dataset: str) -> Dataset:
-    return data_of.load(dataset)
-
-
 def _note_machine(made_by: list[dict[str, Any]], model: nn.Module, place: Path) -> None:
     """Add what carries the run out, where it changes: bit equality with the straight run needs the same throughout."""
     now = {"kernel": kernels.describe(model), "threads": torch.get_num_threads(), "versions": records.versions()}
-    if made_by and made_by[-1] != now and distributed.is_main():
-        changed = ", ".join(f"{key} {made_by[-1][key]} -> {now[key]}" for key in now if made_by[-1][key] != now[key])
+    last = made_by[-1] if made_by else now
+    if last != now and distributed.is_main():
+        changed = ", ".join(f"{key} {last[key]} -> {now[key]}" for key in now if last[key] != now[key])
         print(f"{place} goes on with {changed}: its result may differ in rounding from a run made with one of them")
-    if not made_by or made_by[-1] != now:
+    if [now] != made_by[-1:]:
         made_by.append(now)
 
 
 def _starting_model(config: Config, data: Dataset, place: Path) -> nn.Module:
     """A network drawn from the seed, or what a retraining run starts from: a finished run, trained if missing, or the
-    network that was lent. Raises `KitError` where that one's weights are others than the configuration says.
-    """
+    network that was lent. Raises `KitError` where that one's weights are others than the configuration says."""
     start = start_of(config)
     if start is not None:
         return run(start, data, start_folder(config, place))
     model, wanted = training.fresh_model(config, data), getattr(config, "start", "")
-    if wanted.startswith(OWN) and wanted != own_start(model):
-        found = own_start(model)
+    if wanted.startswith(OWN) and wanted != (found := own_start(model)):
         raise KitError(f"{place} starts from {wanted} and the weights of {config.model} are {found}: bring those")
     return model
 
@@ -194,11 +173,9 @@ def _finish(config: Config, data: Dataset, place: Path) -> nn.Module:
     """The trained model, with its record of test errors; the working checkpoints are gone."""
     with distributed.main_alone() as main:
         if main:
-            model = load(place, config, data.train.labels.device)
+            model, about = load(place, config, data.train.labels.device), {"config": described(config)}
             refuse_other_images(place / "history.json", records.read_history(place / "history.json"), data)
-            records.evaluate(
-                model, data, attacks_on(config), path=place / "record.json", about={"config": described(config)}
-            )
+            records.evaluate(model, data, attacks_on(config), path=place / "record.json", about=about)
             checkpoint.remove(place / "checkpoint.pt")
     return model if main else load(place, config, data.train.labels.device)
 
@@ -212,24 +189,17 @@ def write_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], 
     """A model's weights as safetensors, with configuration, number of classes and a digest in the header."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     head = {"format": "pt", "frlkit": __version__, "config": json.dumps(config), "num_classes": str(classes)}
-    head["sha256"] = checkpoint.digest(tensors)
-    content = safetensors.torch.save(tensors, metadata=head)
-    checkpoint.write_atomically(path, _in_order(content))
-
-
-def _in_order(content: bytes) -> bytes:
-    """The same file of safetensors with its metadata sorted, as the library's own order is another every time."""
+    content = safetensors.torch.save(tensors, metadata={**head, "sha256": checkpoint.digest(tensors)})
+    # the library writes the header in another order every time: sorted, the same weights are the same file
     end = 8 + int.from_bytes(content[:8], "little")
     text = json.dumps(json.loads(content[8:end]), sort_keys=True, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    checkpoint.write_atomically(path, len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A finished run's model on the CPU, and its configuration.
-
-    Raises `KitError` where the file is missing, damaged or another kind of file.
-    """
+    """A finished run's model on the CPU, and its configuration; raises `KitError` where the file is missing, damaged or
+    another kind of file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             head = file.metadata() or {}
@@ -256,36 +226,12 @@ def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def load(place: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
-    _has_weights(place)
+    has_weights(place)
     model, found = read_weights(place / WEIGHTS)
     checkpoint.refuse_other(place, found, described(config))
     return models.place(model, device)
 
 
 def finished(runs: Path) -> list[Path]:
-    """The folders of all finished runs below a folder, such as RUNS or RUNS/DATASET."""
+    """The folders of all finished runs below RUNS or RUNS/DATASET."""
     return sorted(path.parent for path in runs.rglob("seed*/record.json"))
-
-
-def verify(runs: Path, tensors: Dataset) -> Iterator[tuple[Path, float | None]]:
-    """Every finished run of this data set under `runs`, recomputed: its folder, the largest class-wise difference.
-
-    The difference is None where the network is somebody's own and not lent here. Raises `KitError` where a file is
-    damaged, or its record belongs to other weights or images.
-    """
-    own = tensors
-    for place in finished(runs / folder_name(tensors.name)):
-        _has_weights(place)
-        record = records.read(place / "record.json")
-        if models.elsewhere(str(record.get("config", {}).get("model"))):
-            yield place, None
-            continue
-        model, config = read_weights(place / WEIGHTS)
-        share = config.get("validation", tensors.share)
-        own = own if own.share == share else tensors.with_validation(share)
-        refuse_other_images(place / "record.json", record, own)
-        if record.get("weights_sha256") != checkpoint.digest(dict(model.state_dict())):
-            raise KitError(f"{place / 'record.json'} belongs to other weights than {place / WEIGHTS}: delete it")
-        attacks = [Attack(**entry["attack"]) for entry in record["attacks"]]
-        again = records.evaluate(models.place(model, tensors.test.labels.device), tensors, attacks)
-        yield place, records.largest_difference(record, again)

@@ -94,11 +94,10 @@ def resume(config: Config, data: Dataset, state: Mapping[str, Any]) -> Progress:
 
 def _around(config: Config, data: Dataset, model: nn.Module) -> Progress:
     """A run around a model, with its optimiser and, where the run keeps one, its running average."""
-    if config.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    else:
-        settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-        optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, **settings)
+    kind, own = torch.optim.Adam, {}
+    if config.optimizer == "sgd":
+        kind, own = torch.optim.SGD, {"momentum": config.momentum}
+    optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **own)
     return Progress(config, data, model, optimizer, copy.deepcopy(model) if config.ema else None)
 
 
@@ -123,8 +122,7 @@ def epochs(run: Progress, follow: Callable[[Batches, int], float] = mean_loss) -
     """
     for epoch in range(run.epoch, run.config.epochs):
         began = time.perf_counter()
-        batches = _balanced_epoch(run) if run.multipliers is not None else _plain_epoch(run)
-        entry: dict[str, Any] = {"lr": learning_rate(run.config, epoch), "loss": follow(batches, epoch)}
+        entry: dict[str, Any] = {"lr": learning_rate(run.config, epoch), "loss": follow(_epoch(run), epoch)}
         _refuse_nonfinite(run)
         entry["seconds"] = round(time.perf_counter() - began, 2)
         entry["validation"] = _validation_errors(run)
@@ -133,10 +131,6 @@ def epochs(run: Progress, follow: Callable[[Batches, int], float] = mean_loss) -
             entry |= {name: values.tolist() for name, values in balance._asdict().items()}
         run.epoch, run.history = epoch + 1, [*run.history, entry]
         yield run
-
-
-def _plain_epoch(run: Progress) -> Batches:
-    return train_epoch(run.model, run.optimizer, run.data.train, run.config, run.epoch, average=run.average)
 
 
 def _refuse_nonfinite(run: Progress) -> None:
@@ -160,9 +154,13 @@ def _validation_errors(run: Progress) -> dict[str, Any]:
     return {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
 
 
-def _balanced_epoch(run: Progress) -> Batches:
-    """One epoch of Algorithm 1: errors on the validation split, multipliers, training under them; `updates` times."""
-    config = run.config
+def _epoch(run: Progress) -> Batches:
+    """One epoch; of a retraining, of Algorithm 1: errors on the validation split, multipliers, training under them,
+    `updates` times."""
+    config, trained = run.config, (run.model, run.optimizer, run.data.train, run.config, run.epoch)
+    if run.multipliers is None:
+        yield from train_epoch(*trained, average=run.average)
+        return
     for part in range(config.updates):
         before = run.multipliers
         if run.epoch % config.inner_epochs == 0:
@@ -172,16 +170,13 @@ def _balanced_epoch(run: Progress) -> Batches:
             continue
         balance = fairness.setting(run.multipliers, config)
         balance = fairness.Setting(*(values.float().to(run.data.train.labels.device) for values in balance))
-        where = (run.data.train, config, run.epoch, (part, config.updates))
-        yield from train_epoch(run.model, run.optimizer, *where, balance, run.average)
+        yield from train_epoch(*trained, (part, config.updates), balance, run.average)
 
 
 @torch.no_grad()
 def _move_head(run: Progress, before: fairness.State) -> tuple[int, float]:
-    """The controls without training: output biases, or the norms of the output's rows, follow the multipliers.
-
-    The loss is the validation images', clean.
-    """
+    """The controls without training: output biases, or the norms of the output's rows, follow the multipliers; the
+    loss is the validation images', clean."""
     *_, weight, bias = run.model.parameters()
     moved = fairness.offsets(run.multipliers) - fairness.offsets(before)
     if run.config.moved == "biases":
@@ -194,22 +189,22 @@ def _move_head(run: Progress, before: fairness.State) -> tuple[int, float]:
 
 
 def _next_multipliers(run: Progress, part: int) -> fairness.State:
-    config, split, classes = run.config, run.data.validation, len(run.data.class_names)
+    config, split = run.config, run.data.validation
     attack = Attack(eps_255=config.measure_255)
     if config.scheme == "one_class":
-        return fairness.one_class(classes, config)
+        return fairness.one_class(len(run.data.class_names), config)
     if config.scheme == "dafa":
         if (run.epoch, part) != (0, 0):  # one shot
             return run.multipliers
         return fairness.dafa(evaluation.class_similarity(run.result, split, attack), config)
     if config.update_images:
         split = _drawn(run, part)
-    if config.boundary == "changed":
+    if config.boundary != "wrong":
         natural = evaluation.class_errors(run.result, split, Attack(eps_255=0.0, steps=0)).natural
-        boundary = evaluation.changed(run.result, split, attack)
-    elif config.boundary == "certified":
-        natural = evaluation.class_errors(run.result, split, Attack(eps_255=0.0, steps=0)).natural
-        boundary = interval.class_errors(run.result, split, attack.eps_255 / 255) - natural
+        if config.boundary == "changed":
+            boundary = evaluation.changed(run.result, split, attack)
+        else:
+            boundary = interval.class_errors(run.result, split, attack.eps_255 / 255) - natural
     elif split is run.data.validation and attack == STANDARD[0] and part == 0:  # measured when the epoch ended
         known = (run.history[-1] if run.history else run.start)["validation"]
         natural, boundary = np.array(known["natural"]), np.subtract(known["robust"], known["natural"])
@@ -239,8 +234,7 @@ def train_epoch(
 ) -> Batches:
     """Train one epoch (counted from 0), yielding (images, loss) of each batch; every image is used once.
 
-    `part` = (k, n) trains only the k-th of n consecutive parts of the epoch's batches, counted from 0. `average`
-    follows the weights (``config.ema``).
+    `part` = (k, n) trains only the k-th of n parts of the epoch's batches, from 0; `average` follows (``config.ema``).
     """
     device = split.labels.device
     starts = stream(config.seed, epoch, START, part[0], device=device)

@@ -88,8 +88,10 @@ MUTANTS = [
         ),
         FAIRNESS,
     ),
-    Mutant("radius above its cap", "fairness.py", "state.log_radius.clamp(low, high)", "state.log_radius", FAIRNESS),
-    Mutant("radii wind up", "fairness.py", "log_radius.clamp(*_log_caps(rule))", "log_radius", FAIRNESS),
+    Mutant(
+        "radius above its cap", "fairness.py", "state.log_radius.clamp(*_log_caps(rule))", "state.log_radius", FAIRNESS
+    ),
+    Mutant("radii wind up", "fairness.py", "= log_radius.clamp(*_log_caps(rule))", "= log_radius", FAIRNESS),
     Mutant("always from nothing", "fairness.py", "state if rule.accumulate else", "state if False else", FAIRNESS),
     Mutant("the old violations alone", "fairness.py", "+ rule.smoothing * found", "+ 0 * found", FAIRNESS),
     Mutant("robust target ignored", "fairness.py", 'rule.target == "boundary"', "True", FAIRNESS),
@@ -130,15 +132,15 @@ MUTANTS = [
         "one radius for all classes",
         *(
             "losses.py",
-            "    eps = config.eps_255 / 255 * balance.radius_factors[y]",
-            "    eps = 0 * balance.radius_factors[y] + config.eps_255 / 255",
+            "eps, step = config.eps_255 / 255 * own,",
+            "eps, step = 0 * own + config.eps_255 / 255,",
         ),
         FAIR,
     ),
     Mutant("FRL without beta", "losses.py", "natural + config.beta * boundary", "natural + boundary", FAIR),
     Mutant(
         "every part of an epoch is the first",
-        *("training.py", "run.epoch, (part, config.updates))", "run.epoch, (0, config.updates))", FAIR),
+        *("training.py", "*trained, (part, config.updates)", "*trained, (0, config.updates)", FAIR),
     ),
     Mutant("printed weights made to sum to 1", "losses.py", 'config.weighting == "printed"', "False", FAIR),
     Mutant("biases moved anew every time", "training.py", " - fairness.offsets(before)\n", "\n", FAIR),

@@ -26,15 +26,16 @@ from frlkit import (
     data,
     evaluation,
     models,
-    options,
     recipes,
     runs,
     training,
     watched,
 )
 from frlkit.__main__ import main
+from frlkit.commands import options
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
+from frlkit.report import studies
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +244,7 @@ class TestTrain:
     def test_several_seeds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[tuple[recipes.Config, Path]] = []
         monkeypatch.setattr(runs, "run", lambda config, tensors, folder: asked.append((config, folder)))
-        monkeypatch.setattr("frlkit.__main__._result", str)
+        monkeypatch.setattr("frlkit.commands.studies._result", str)
         words = ("--dataset", "digits", "--seed", "3", "--seed", "5", "--runs", tmp_path)
         assert call("train", "trades", *words).exit_code == 0
         assert [(config.seed, folder.name) for config, folder in asked] == [(3, "seed3"), (5, "seed5")]
@@ -306,7 +307,7 @@ class TestTrain:
 def test_quiet_shows_no_progress_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JPY_SESSION_NAME", "a notebook")  # where progress is watched
     seen: list[bool] = []
-    monkeypatch.setattr(runs, "verify", lambda *_: seen.append(watched()) or iter(()))
+    monkeypatch.setattr(studies, "verify", lambda *_: seen.append(watched()) or iter(()))
     for words in ((), ("-q",)):
         call(*words, "verify", "--dataset", "digits")
     assert seen == [True, False] and watched()
@@ -390,7 +391,7 @@ class TestStandardOutput:
 
     CODE = """
 import click
-from frlkit.options import Group
+from frlkit.commands.options import Group
 group = Group("kit", params=[click.Option(["-q", "--quiet"])])
 group.command("say")(lambda: [click.echo(line) for line in {lines}])
 group(["say"])
@@ -469,7 +470,7 @@ def test_ctrl_c_ends_a_sweep_that_hangs(hang: str, twice: bool) -> None:
     script = f"""
 import contextlib, os, signal, sys, threading, time
 import click
-from frlkit import options
+from frlkit.commands import options
 leave = os._exit
 os._exit = lambda status: (time.sleep(0.3), leave(status))  # whoever else would say something has the time
 options.GRACE = {100 if twice else 0.2}

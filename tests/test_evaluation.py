@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from frlkit import KitError, attacks, checkpoint, evaluation, models, records
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack
+from frlkit.report import studies
 
 QUICK = Attack(eps_255=8, step_255=4, steps=2)
 OTHER = Attack(eps_255=16, step_255=4, steps=2, loss="margin")
@@ -341,27 +342,27 @@ class TestLookUps:
     }
 
     def test_robust_errors_are_the_standard_attacks(self) -> None:
-        assert records.robust_errors(self.RECORD, 8).tolist() == [0.3, 0.5]
-        assert records.robust_errors(self.RECORD, 16.0).tolist() == [0.6, 0.7]
+        assert studies.robust_errors(self.RECORD, 8).tolist() == [0.3, 0.5]
+        assert studies.robust_errors(self.RECORD, 16.0).tolist() == [0.6, 0.7]
         with pytest.raises(KitError, match="no PGD-20 at 4/255"):
-            records.robust_errors(self.RECORD, 4)
+            studies.robust_errors(self.RECORD, 4)
 
     def test_largest_difference_by_hand(self) -> None:
         other = json.loads(json.dumps(self.RECORD))
-        assert records.largest_difference(self.RECORD, other) == 0
+        assert studies.largest_difference(self.RECORD, other) == 0
         other["attacks"][2]["robust"] = [0.6, 0.75]
-        assert records.largest_difference(self.RECORD, other) == pytest.approx(0.05)
+        assert studies.largest_difference(self.RECORD, other) == pytest.approx(0.05)
         other["natural"] = [0.1, 0.1]
-        assert records.largest_difference(self.RECORD, other) == pytest.approx(0.1)
+        assert studies.largest_difference(self.RECORD, other) == pytest.approx(0.1)
         other["attacks"].reverse()
-        assert records.largest_difference(self.RECORD, other) == pytest.approx(0.1)
+        assert studies.largest_difference(self.RECORD, other) == pytest.approx(0.1)
 
     @pytest.mark.parametrize("swapped", [False, True])
     def test_records_under_different_attacks_are_refused(self, swapped: bool) -> None:
         other = {**self.RECORD, "attacks": self.RECORD["attacks"][1:]}
         pair = (other, self.RECORD) if swapped else (self.RECORD, other)
         with pytest.raises(KitError, match="only one of the two records has PGD-50 at 8/255"):
-            records.largest_difference(*pair)
+            studies.largest_difference(*pair)
 
 
 class TestStream:

@@ -17,6 +17,7 @@ from frlkit.__main__ import main
 from frlkit.attacks import outputs
 from frlkit.audit import fairer
 from frlkit.data import Dataset, Split
+from frlkit.report import studies
 
 
 class Net(nn.Module):
@@ -93,9 +94,9 @@ def test_weights_that_are_not_those_of_the_name_are_refused(small: Dataset, tmp_
 def test_verify_leaves_ones_own_out_by_name(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fairer.retrain(LOOP, Net(), "net", small, tmp_path, epochs=1, batch_size=20)
     (place,) = runs.finished(tmp_path)
-    assert list(runs.verify(tmp_path, small)) == [(place, 0)]
+    assert list(studies.verify(tmp_path, small)) == [(place, 0)]
     monkeypatch.setattr(models, "_lent", {})  # another process
-    assert list(runs.verify(tmp_path, small)) == [(place, None)]
+    assert list(studies.verify(tmp_path, small)) == [(place, None)]
     with pytest.raises(KitError, match=r"safetensors: model = 'own:net' is unknown: .*lent anew"):
         runs.read_weights(place / runs.WEIGHTS)
     words = ["verify", "--dataset", "digits", "--runs", str(tmp_path)]

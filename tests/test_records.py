@@ -22,7 +22,7 @@ from frlkit import KitError, checkpoint, evaluation, models, recipes, records
 from frlkit.audit import certify, ladder
 from frlkit.data import Dataset
 from frlkit.evaluation import Attack
-from frlkit.report import tables
+from frlkit.report import studies, tables
 from frlkit.scale import clusters, sweeps
 
 QUICK, OTHER = Attack(steps=2), Attack(eps_255=16.0, steps=2)
@@ -115,7 +115,7 @@ def test_a_json_of_another_shape(tmp_path: Path, kind: str) -> None:
             refused.append(error)
             return
         if kind == "record":
-            assert records.largest_difference(found, found) == 0
+            assert studies.largest_difference(found, found) == 0
             assert all(0 <= error <= 1 for entry in found["attacks"] for error in entry["robust"])
             with contextlib.suppress(KitError):  # it may lack an attack
                 assert tables.rendered(tables.collect([path.parent]), "text")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from frlkit import KitError, checkpoint, disk, evaluation, models, recipes, records, runs, training
 from frlkit.data import Dataset, Split
 from frlkit.recipes import Config
+from frlkit.report import studies
 
 NATURAL = RUNS["natural"]
 
@@ -145,7 +146,7 @@ class TestVersion01:
         assert checkpoint.digest(dict(model.state_dict())) == checkpoint.digest(weights_of(trained))
 
     def test_loading_and_verifying_do_so_too(self, old: Path, tiny: Dataset, tmp_path: Path) -> None:
-        assert list(runs.verify(tmp_path, tiny)) == [(old, 0)]
+        assert list(studies.verify(tmp_path, tiny)) == [(old, 0)]
         assert sorted(content(old)) == ["history.json", "record.json", runs.WEIGHTS]
 
     @pytest.mark.parametrize("missing", ["model", "config", "num_classes"])

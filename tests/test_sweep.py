@@ -279,11 +279,11 @@ def test_changed_images_of_a_folder_are_no_finished_run(tmp_path: Path, monkeypa
     (run,) = sweeps.plan(path, tmp_path / "runs")
     assert run.done
     np.savez(tmp_path / "a.npz", **{**arrays, "x_train": grey[:16] + 1})
-    runs._loaded.cache_clear()
+    sweeps._loaded.cache_clear()
     with pytest.raises(KitError, match="was made with other images of folder:a.npz"):
         sweeps.plan(path, tmp_path / "runs")
     with pytest.raises(KitError, match="was made with other images of folder:a.npz"):
-        list(runs.verify(tmp_path / "runs", data.load("folder:a.npz")))
+        list(studies.verify(tmp_path / "runs", data.load("folder:a.npz")))
     (tmp_path / "a.npz").unlink()  # as on a cluster's driver
     assert run.done
 
@@ -776,11 +776,11 @@ class TestReceived:
 
     @pytest.fixture
     def sent(self, run: Run, serial: Path) -> dict[str, bytes]:
-        return runs.files(serial / run.name)
+        return clusters.files_of(serial / run.name)
 
     def test_its_own_files_are_kept(self, run: Run, sent: dict[str, bytes]) -> None:
         clusters.receive(run, sent)
-        assert run.done and runs.files(run.folder) == sent
+        assert run.done and clusters.files_of(run.folder) == sent
 
     @pytest.mark.parametrize("name", [runs.WEIGHTS, "history.json", "record.json", records.OUTCOMES])
     def test_a_file_cut_short(self, run: Run, sent: dict[str, bytes], name: str) -> None:

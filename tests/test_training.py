@@ -38,6 +38,7 @@ from frlkit import (
 from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack, stream
 from frlkit.recipes import Config
+from frlkit.report import studies
 from frlkit.values import fields_of
 
 SMALL = {"dataset": "digits", "epochs": 3, "batch_size": 64, "steps": 2}
@@ -558,7 +559,7 @@ class TestRun:
         with pytest.raises(KitError, match=r"weights\.safetensors is no weights file of a finished run"):
             runs.run(RUNS["natural"], tiny, folder)
         with pytest.raises(KitError, match=r"weights\.safetensors is no weights file of a finished run"):
-            list(runs.verify(tmp_path, tiny))
+            list(studies.verify(tmp_path, tiny))
 
     def test_divergence_names_the_place_and_keeps_the_checkpoint(
         self, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

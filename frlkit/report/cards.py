@@ -11,7 +11,7 @@ import numpy as np
 from frlkit import PROJECT, records, runs
 from frlkit.evaluation import STANDARD
 from frlkit.recipes import RECIPES
-from frlkit.report import names, tables
+from frlkit.report import names, studies, tables
 
 HEAD = """# Model card
 
@@ -40,7 +40,7 @@ def card(project: Path = PROJECT) -> str:
         record = records.read(place / "record.json")
         by_data.setdefault(record["dataset"], {}).setdefault(place.parent.name, []).append(record)
     every = [record for found in by_data.values() for seeds in found.values() for record in seeds]
-    least = min((records.robust_errors(record, STANDARD[0].eps_255).max() for record in every), default=0)
+    least = min((studies.robust_errors(record, STANDARD[0].eps_255).max() for record in every), default=0)
     lines = [HEAD.format(attack=STANDARD[0], least=int(100 * least)).rstrip()]
     for dataset, found in by_data.items():
         lines += ["", f"## {names.DATASETS[dataset]}", "", _images(found), "", *_about(found), "", *_classwise(found)]
@@ -80,7 +80,7 @@ def _classwise(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     rows = []
     for recipe, seeds in found.items():
         natural = 100 * np.mean([record["natural"] for record in seeds], axis=0)
-        robust = 100 * np.mean([records.robust_errors(record, STANDARD[0].eps_255) for record in seeds], axis=0)
+        robust = 100 * np.mean([studies.robust_errors(record, STANDARD[0].eps_255) for record in seeds], axis=0)
         rows.append([f"`{recipe}`", *(f"{n:.1f} / {r:.1f}" for n, r in zip(natural, robust, strict=True))])
     sentence = f"Test errors by class in %, means over seeds: natural / under {STANDARD[0]}."
     return [sentence, "", *tables.markdown(["", *classes], rows).splitlines()]

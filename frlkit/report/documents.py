@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frlkit import PROJECT, KitError, checkpoint, models, recipes, records
-from frlkit.report import cards, claims, coverage, front, matrix, names, published, tables
+from frlkit.report import cards, claims, coverage, front, matrix, names, published, studies, tables
 
 DOCUMENTS = ("README.md", "REPORT.md", "docs/results.md", "docs/speed.md")
 CARD = "checkpoints/README.md"
@@ -135,7 +135,7 @@ def paper_scale() -> str:
         for kind, value in errors.items():
             mine = UNMEASURED
             if found:
-                measured = found["natural"] if kind == "natural" else records.robust_errors(found, 8)
+                measured = found["natural"] if kind == "natural" else studies.robust_errors(found, 8)
                 mine = f"{100 * measured[found['class_names'].index(name)]:.1f}"
             rows.append([f"PGD-AT, {name}, {kind} error", f"{value:.1f}", "", mine])
     for recipe, columns in published.RERUNS.items():

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from frlkit import KitError
-from frlkit.records import entry_of
 from frlkit.report import rules, statistics, tables
 from frlkit.report.names import plain, title
+from frlkit.report.studies import entry_of
 
 Seeds = Sequence[Mapping[str, Any]]  # of one recipe: a record or a history per seed
 

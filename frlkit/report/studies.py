@@ -1,15 +1,16 @@
-"""The runs that a notebook's study needs: some trained where they are missing, others read where they are finished."""
+"""The runs that a notebook's study needs, trained where they are missing, read where finished, or attacked again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from frlkit import KitError, checkpoint, records, runs
-from frlkit.data import Dataset
+from frlkit import KitError, checkpoint, models, records, runs
+from frlkit.data import Dataset, folder_name
+from frlkit.evaluation import Attack
 from frlkit.recipes import BASE, FAIR, RECIPES, configure, described
 from frlkit.report import names
 
@@ -120,5 +121,58 @@ def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengt
     config = configure(recipe, tensors.name, record["config"]["seed"], **values(recipe, **lengths))
     model = runs.load(runs.folder(folder, recipe, config), config, tensors.test.labels.device)
     again = records.evaluate(model, tensors)
-    compared = [records.entry_of(record, entry["attack"]["eps_255"]) for entry in again["attacks"]]
-    return records.largest_difference({**record, "attacks": compared}, again)
+    compared = [entry_of(record, entry["attack"]["eps_255"]) for entry in again["attacks"]]
+    return largest_difference({**record, "attacks": compared}, again)
+
+
+def verify(folder: Path, tensors: Dataset) -> Iterator[tuple[Path, float | None]]:
+    """Every finished run of this data set under `folder`, recomputed: its folder, the largest class-wise difference.
+
+    The difference is None where the network is somebody's own and not lent here. Raises `KitError` where a file is
+    damaged, or its record belongs to other weights or images.
+    """
+    own = tensors
+    for place in runs.finished(folder / folder_name(tensors.name)):
+        runs.has_weights(place)
+        record = records.read(place / "record.json")
+        if models.elsewhere(str(record.get("config", {}).get("model"))):
+            yield place, None
+            continue
+        model, config = runs.read_weights(place / runs.WEIGHTS)
+        share = config.get("validation", tensors.share)
+        own = own if own.share == share else tensors.with_validation(share)
+        runs.refuse_other_images(place / "record.json", record, own)
+        if record.get("weights_sha256") != checkpoint.digest(dict(model.state_dict())):
+            raise KitError(f"{place / 'record.json'} belongs to other weights than {place / runs.WEIGHTS}: delete it")
+        attacks = [Attack(**entry["attack"]) for entry in record["attacks"]]
+        again = records.evaluate(models.place(model, tensors.test.labels.device), tensors, attacks)
+        yield place, largest_difference(record, again)
+
+
+def largest_difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The largest class-wise difference (a fraction) of two records of one model under the same attacks.
+
+    Raises `KitError` where they do not have the same classes and attacks.
+    """
+    classes = [len(r.get("natural", ())) for r in (record, other)]
+    if classes[0] != classes[1]:
+        raise KitError(f"one record has errors of {classes[0]} classes, the other of {classes[1]}")
+    ours, theirs = ({Attack(**entry["attack"]): entry["robust"] for entry in r["attacks"]} for r in (record, other))
+    if only := set(ours) ^ set(theirs):
+        raise KitError(f"only one of the two records has {min(map(str, only))}: evaluate both alike")
+    differences = [np.subtract(ours[attack], theirs[attack]) for attack in ours]
+    differences += [np.subtract(record["natural"], other["natural"])] if ours else []
+    return float(np.abs(differences).max(initial=0))
+
+
+def robust_errors(record: Mapping[str, Any], eps_255: float) -> np.ndarray:
+    """A record's class-wise robust error (C,) under the standard attack at a radius in 1/255."""
+    return np.array(entry_of(record, eps_255)["robust"])
+
+
+def entry_of(record: Mapping[str, Any], eps_255: float) -> dict[str, Any]:
+    """A record's entry for the standard attack at a radius in 1/255; raises `KitError` where it has none."""
+    for entry in record["attacks"]:
+        if Attack(**entry["attack"]) == Attack(eps_255=eps_255):
+            return entry
+    raise KitError(f"the record has no {Attack(eps_255=eps_255)}: evaluate the weights with it first")

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from frlkit import KitError, checkpoint
-from frlkit.records import read, robust_errors
+from frlkit.records import read
 from frlkit.report import statistics as numbers
 from frlkit.report.names import plain
+from frlkit.report.studies import robust_errors
 
 pd.set_option("display.html.use_mathjax", False)  # a class may be called "$5" or "a$b$"
 

@@ -168,7 +168,7 @@ def cluster(backend: str, address: str, device: str = "auto", shares: int = 1) -
 
     def one(run: Run) -> tuple[Path, str, str]:
         try:
-            start = runs.files(run.start.folder) if run.start else {}
+            start = files_of(run.start.folder) if run.start else {}
             files, error = carry_out(run.recipe, run.config, start, device)
             if not error:
                 receive(run, files)
@@ -186,6 +186,12 @@ def cluster(backend: str, address: str, device: str = "auto", shares: int = 1) -
         yield engine, workers
     finally:
         leave()
+
+
+def files_of(place: Path) -> dict[str, bytes]:
+    """A finished run's files by name; outcomes where it has them."""
+    kept = [name for name in runs.FILES if name != records.OUTCOMES or (place / name).exists()]
+    return {name: (place / name).read_bytes() for name in kept}
 
 
 def receive(run: Run, files: Mapping[str, bytes]) -> None:
@@ -280,7 +286,7 @@ def away(recipe: str, config: Config, start: dict[str, bytes], device: str) -> t
             checkpoint.write_atomically(runs.start_folder(config, place) / name, content)
         tensors = _data(config.dataset, str(data.root()), str(data.pick_device(device)))
         runs.run(config, tensors, place)
-        files = runs.files(place)
+        files = files_of(place)
     except Exception as error:  # told by name and sentence: not every exception survives the way back
         return {}, _sentence(error)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -32,19 +32,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, disk, recipes, records, runs, took, watched
+from frlkit import KitError, checkpoint, data, disk, recipes, records, runs, took, watched
 from frlkit.evaluation import STANDARD, Attack
 from frlkit.recipes import Config, FairConfig
 from frlkit.values import shown, to_text
 
 DEFAULTS = {"dataset": "fashion_mnist", "seed": 0, "values": {}}
 #: The paper's symbols, which an entry may use for the fields they stand for.
-SYMBOLS = {
-    "alpha1": ("alpha_nat",),
-    "alpha2": ("alpha_bdy",),
-    "tau": ("tau_nat", "tau_bdy"),
-    "eps": ("eps_255",),
-}
+SYMBOLS = {"alpha1": ("alpha_nat",), "alpha2": ("alpha_bdy",), "tau": ("tau_nat", "tau_bdy"), "eps": ("eps_255",)}
 
 
 @dataclass(frozen=True)
@@ -73,18 +68,28 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether it is finished, and tidied up. Raises `KitError` where the folder's record is damaged, another run's,
-        or of other images of a folder.
-        """
+        or of other images of a folder."""
         path = self.folder / "record.json"
         if not any(disk.exists(self.folder / name) for name in (runs.WEIGHTS, "weights.pt")) or not disk.exists(path):
             return False
         record = records.read(path)
         checkpoint.refuse_other(path, record.get("config", {}), recipes.described(self.config))
-        if own := runs.images_there(self.config.dataset):
+        if own := images_there(self.config.dataset):
             runs.refuse_other_images(path, record, own.with_validation(self.config.validation))
         # a kill between two attacks leaves a record with the first, one after the last a lock or the checkpoints
         attacks = {Attack(**entry["attack"]) for entry in record["attacks"]}
         return attacks >= set(runs.attacks_on(self.config)) and runs.at_rest(self.folder)
+
+
+def images_there(dataset: str) -> data.Dataset | None:
+    """The images of a folder; None for a known data set, and where the folder is not, as on a cluster's driver."""
+    place = data.root() / Path(dataset.removeprefix(data.FOLDER)).expanduser()
+    return _loaded(dataset) if dataset.startswith(data.FOLDER) and disk.exists(place) else None
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(dataset: str) -> data.Dataset:
+    return data.load(dataset)
 
 
 #: Carries runs out; yields each one's folder, what went wrong or nothing, and what it said on the way.
@@ -95,8 +100,7 @@ def plan(path: Path, root: Path) -> list[Run]:
     """Every run of a sweep file, and those they start from; a run stands behind the one that it starts from.
 
     Raises `KitError` where the file cannot be read, has an unknown key, recipe, field or value, or asks for two
-    different runs in one folder, or for one whose folder holds another: before anything starts.
-    """
+    different runs in one folder, or for one whose folder holds another: before anything starts."""
     import yaml
 
     try:
@@ -111,9 +115,8 @@ def plan(path: Path, root: Path) -> list[Run]:
         raise KitError(f"the sweep {path} cannot be read: {' '.join(str(error).split()) or 'it is nested'}") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("grid"), list) or not sweep["grid"]:
         raise KitError(f"the sweep {path} has no grid: give it a list of entries, such as '- recipe: pgd_at'")
-    if unknown := set(sweep) - {"grid", *DEFAULTS}:
-        names = ", ".join(["grid", *DEFAULTS])
-        raise KitError(f"{min(map(str, unknown))!r} is no key of a sweep beside its grid: use {names}")
+    if unknown := sorted(map(str, set(sweep) - {"grid", *DEFAULTS})):
+        raise KitError(f"{unknown[0]!r} is no key of a sweep beside its grid: use grid, {', '.join(DEFAULTS)}")
     found: dict[Any, Run] = {}
     with _counted(f"planning {path.name}") as count:
         for entry in sweep.pop("grid"):
@@ -187,8 +190,7 @@ def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
     """Seconds that what is left takes on so many workers, from finished runs of one thread; None without any.
 
     An image through the network takes what it took the finished runs of the same recipe, else of any, with the same
-    data and batches.
-    """
+    data and batches."""
     rates: dict[tuple[Any, ...], list[float]] = {}
     sizes: dict[tuple[Any, ...], tuple[int, int]] = {}
     for path in root.glob("*/*/seed*/history.json"):
@@ -225,8 +227,7 @@ def _passes(config: Config, images: int) -> tuple[float, float]:
     """How often an epoch of so many training images sends one through the network: to train, and to validate.
 
     Training includes its attacks and, of a retraining, the errors behind its multipliers; a share of each batch that is
-    not attacked counts as such.
-    """
+    not attacked counts as such."""
     held = images * config.validation / (1 - config.validation)
     attacked = config.attacked if config.method == "pgd_at" else 0.0 if config.method == "natural" else 1.0
     training = images * (1 + config.steps * attacked)
@@ -241,8 +242,7 @@ def sweep(planned: Sequence[Run], engine: Engine) -> dict[str, str]:
     """Carry out what is missing of a plan; returns what went wrong, run -> sentence.
 
     A run that fails does not stop the others, only those that start from it. Where processes die and take others'
-    work with them, what is missing is run again; a run that dies alone has failed.
-    """
+    work with them, what is missing is run again; a run that dies alone has failed."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     failed: dict[Path, str] = {}

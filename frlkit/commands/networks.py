@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from frlkit import disk
-from frlkit.options import DATA, DEVICE, RUNS, Choice, names_of
+from frlkit.commands.options import BATCH_SIZE, DATA, DEVICE, PATH, RUNS, Choice, names_of
 
 
 class Numbers(click.ParamType):
@@ -54,7 +55,7 @@ ATTACK = _options(
         "--loss", type=Choice(names_of("attacks", "LOSSES")), default="ce", show_default=True, help="What it ascends."
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attack's random starts."),
-    click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there as JSON."),
+    click.option("--json", "out", type=PATH, help="Write the result there as JSON."),
     DEVICE,
 )
 
@@ -68,11 +69,11 @@ MODEL = click.option(
 
 
 @click.command(short_help="Any network, any images: errors of each class, and whether to trust them.")
-@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("weights", type=PATH)
 @MODEL
 @READING
 @ATTACK
-@click.option("--output", type=click.Path(path_type=Path), help="A folder for the report card and its audit.json.")
+@click.option("--output", type=PATH, help="A folder for the report card and its audit.json.")
 @click.option("--images", type=click.IntRange(1), help="Test images at most. Default: all.")
 @click.option("--ladder", type=click.IntRange(0), default=0, help="Images that AutoAttack attacks too; needs --output.")
 @click.option("--certify", type=click.IntRange(0), default=0, help="Images to certify; needs --output.")
@@ -83,33 +84,29 @@ def audit(output: Path | None, images: int | None, ladder: int, certify: int, ou
     --model loads its own. A file's code is never run; that of your own --model file is. How the images are to be
     normalised, and which activation and pooling a LeNet-5 has, is found out on a few clean images.
     """
-    kept = disk.ready(output) / "audit.json" if output else out
+    from frlkit import checkpoint
+    from frlkit.report import card
+
+    kept = ready(output) / "audit.json" if output else out
     click.get_current_context().meta["resumes"] = bool(output and (ladder or certify))
     found = _audited(asked, most=images, ladder=ladder, certify=certify, path=kept)
     if output and out:
-        _write(out, found)
+        checkpoint.write_json(out, found)
     if output:
-        click.echo(f"written: {_card(found, output)}")
-
-
-def _card(found: dict[str, Any], output: Path) -> Path:
-    """The report card's page."""
-    from frlkit.report import card
-
-    return card.write([found], output)
+        click.echo(f"written: {card.write([found], output)}")
 
 
 @click.command(short_help="Make any network fairer: before, control, method and moved biases in one report card.")
-@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("weights", type=PATH)
 @MODEL
 @READING
 @click.option("--recipe", default="algorithm1_both", show_default=True, help="A retraining recipe; fields may vary.")
 @click.option("--eps", type=float, help="Radius of training and of the attack, in 1/255. Default: the recipe's, and 8.")
 @click.option("--epochs", type=int, help="Of a retraining. Default: the recipe's own.")
-@click.option("--batch-size", type=int, default=100, show_default=True, help="Images in a batch.")
+@BATCH_SIZE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the retraining.")
 @click.option("--images", type=click.IntRange(1), help="Test images at most. Default: all.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A folder for the report card.")
+@click.option("--output", type=PATH, required=True, help="A folder for the report card.")
 @RUNS
 @DEVICE
 def fairer(
@@ -129,7 +126,7 @@ def fairer(
     from frlkit.evaluation import Attack
     from frlkit.report import card, names
 
-    disk.ready(output)
+    ready(output)
     read = readings.read(None if str(weights) == "-" else weights, device=data.pick_device(device), **asked)
     values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
     attack = Attack() if eps is None else Attack(eps, eps / 4)
@@ -148,7 +145,7 @@ def fairer(
 
 
 @click.command(short_help="Class-wise errors of any weights: the short form of audit.")
-@click.argument("weights", type=click.Path(path_type=Path))
+@click.argument("weights", type=PATH)
 @click.option("--model", type=Choice(names_of("models", "MODELS")), default="lenet5", show_default=True)
 @READING
 @ATTACK
@@ -158,8 +155,10 @@ def evaluate(out: Path | None, **asked: Any) -> None:
     WEIGHTS is any file of plain tensors that fits the model, such as a torch.save of a state_dict or safetensors. The
     JSON holds natural, robust and boundary as lists of fractions by class. More: frlkit audit.
     """
+    from frlkit import checkpoint
+
     if out is not None:
-        disk.ready(out.parent)
+        ready(out.parent)
     found = _audited(asked, curve=False)
     if out is not None:
         renamed = {
@@ -170,17 +169,21 @@ def evaluate(out: Path | None, **asked: Any) -> None:
             "confusion": found["confusion"]["robust"],
         }
         del found["curve"]
-        _write(out, found | renamed)
-
-
-def _write(out: Path, found: dict[str, Any]) -> None:
-    from frlkit import checkpoint
-
-    checkpoint.write_json(out, found)
+        checkpoint.write_json(out, found | renamed)
 
 
 def _command() -> str:
     return shlex.join(["frlkit", *sys.argv[1:]])
+
+
+def ready(folder: Path) -> Path:
+    """The folder, made where it is missing; raises `WriteError` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise disk.not_written(folder, error) from None
 
 
 def said(read: Any) -> None:
@@ -215,13 +218,13 @@ def _audited(asked: dict[str, Any], **parts: Any) -> dict[str, Any]:
 
 
 @click.command(short_help="Which test images no attack can ever fool, class by class.")
-@click.argument("target", type=click.Path(path_type=Path), metavar="FOLDER_OR_WEIGHTS")
+@click.argument("target", type=PATH, metavar="FOLDER_OR_WEIGHTS")
 @click.option("--eps", type=float, default=8, show_default=True, help="Radius, in 1/255.")
 @click.option("--images", type=click.IntRange(1), help="The first so many test images. Default: all.")
 @click.option("--balanced", is_flag=True, help="The first of every class instead, equally many of each.")
 @click.option("--steps", type=int, default=0, show_default=True, help="Rounds of tightening undecided images' bounds.")
 @click.option("--seconds", type=float, default=0, help="For cutting up each image that is undecided then. Default: 0.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Keep the result there; the same command goes on.")
+@click.option("--json", "out", type=PATH, help="Keep the result there; the same command goes on.")
 @click.option("--model", "model_name", help="For a file of weights, as audit's. Default: lenet5.")
 @click.option("--dataset", help="Default: the run's, or fashion_mnist.")
 @DEVICE
@@ -242,7 +245,7 @@ def certify(
     place = data.pick_device(device)
     click.get_current_context().meta["resumes"] = out is not None
     if out is not None:
-        disk.ready(out.parent)
+        ready(out.parent)
     if target.is_dir():
         model, config = runs.read_weights(target / runs.WEIGHTS)
         if model_name not in (None, config["model"]):
@@ -258,3 +261,6 @@ def certify(
     bounded = len(split) - record["verdicts"].count(certification.FALSIFIED)
     if bounded:
         click.echo(f"{record['seconds'] / bounded:.2f} s an image for its bounds")
+
+
+COMMANDS = (audit, evaluate, fairer, certify)

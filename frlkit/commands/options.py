@@ -138,9 +138,11 @@ DATA = click.option(
 DEVICE = click.option(
     "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True, help="Where it computes."
 )
+PATH = click.Path(path_type=Path)
+BATCH_SIZE = click.option("--batch-size", type=int, default=100, show_default=True, help="Images in a batch.")
 RUNS = click.option(
     "--runs",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=PROJECT / "checkpoints",
     help="Where runs lie. Default: checkpoints/.",
 )
