@@ -1,6 +1,6 @@
 """What of both texts is examined: `coverage.yaml` against the records, notebooks and figures that are there.
 
-Status of a row: R, the experiment reproduced, whatever it says (all its evidence is there, verdicts beside it), P partly
+Status of a row: R, the experiment reproduced, whatever it says (all its evidence is there, with its verdicts), P partly
 (some of it, or an analogue), B built and not run, N not. The reason is what is missing, and the row's own words.
 """
 
