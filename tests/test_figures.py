@@ -126,6 +126,15 @@ def test_multipliers_come_back_from_the_weights() -> None:
     assert values[2] == pytest.approx([0.2, 0, 0.1])
     assert values[4] == pytest.approx([8, 16, 12])
     assert [line.get_xdata().tolist() for line in (figure.axes[0].lines[0], figure.axes[4].lines[0])] == [[0, 1], [1]]
+    assert not figure.axes[4].collections[0].get_datalim(figure.axes[4].transData).height  # one seed has no band
+    wider = {**history, "epochs": [{**entry, "radius_factors": [2.0, 2.0, 1.5]}]}
+    axis = curves.class_curves([history, wider], ["a", "b$c$", "d"], "").axes[4]
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axis.collections]
+    assert [(band.min(), band.max()) for band in bands] == [
+        pytest.approx((12 - 8 / 2**0.5, 12 + 8 / 2**0.5)),  # the sd of 8 and 16 is 8 / sqrt(2)
+        pytest.approx((16, 16)),
+        pytest.approx((12, 12)),
+    ]
 
 
 def test_points_have_names_and_the_front_is_a_line(records: dict[str, Any]) -> None:

@@ -85,12 +85,12 @@ def _excess(entry: Mapping[str, Any]) -> list[float]:
 def class_curves(seeds: Sequence[Mapping[str, Any]], class_names: Sequence[str], note: str) -> Figure:
     """One recipe, class by class: excess of both errors over the average with τ, both multipliers, and the radius.
 
-    From the histories of its seeds; lines are means over them. Multipliers are read off the class weights
+    From the histories of its seeds; lines are means over them, bands ± sd. Multipliers are read off the class weights
     1/C + φ - mean φ as φ minus the smallest φ, which is 0 unless every class violates its constraint. Epoch e shows the
     weights and radii that were trained with last in it.
     """
     names = [figures.literal(plain(name)) for name in class_names]
-    excess = {kind: np.mean([_by_class(history, kind) for history in seeds], axis=0) for kind in PAPER_TAU}
+    excess = {kind: np.array([_by_class(history, kind) for history in seeds]) for kind in PAPER_TAU}
     panels = {
         **{f"{kind} error above average": values for kind, values in excess.items()},
         "multiplier φ, natural": _state(seeds, "weights_nat", lambda w, _: w - w.min(axis=1, keepdims=True)),
@@ -102,15 +102,16 @@ def class_curves(seeds: Sequence[Mapping[str, Any]], class_names: Sequence[str],
     axes[3].sharey(axes[2])
     colours = sns.color_palette("tab10" if len(names) <= 10 else "husl", len(names))
     for axis, (heading, values) in zip(axes, panels.items(), strict=True):
-        first = len(seeds[0]["epochs"]) + 1 - len(values)
-        for name, colour, line in zip(names, colours, values.T, strict=True):
-            axis.plot(range(first, first + len(values)), line, color=colour, label=name)
+        epochs = np.arange(values.shape[1]) + len(seeds[0]["epochs"]) + 1 - values.shape[1]
+        spread = values.std(axis=0, ddof=1) if len(seeds) > 1 else np.zeros(values.shape[1:])
+        for name, colour, line, sd in zip(names, colours, values.mean(axis=0).T, spread.T, strict=True):
+            axis.plot(epochs, line, color=colour, label=name)
+            axis.fill_between(epochs, line - sd, line + sd, color=colour, alpha=0.15, linewidth=0)
         _by_epoch(axis, heading, "points" if "above" in heading else "")
     for axis, (kind, tau) in zip(axes, PAPER_TAU.items(), strict=False):
         _tolerances(axis, _taus({"": seeds}, kind) or {tau})
     figure.legend(*axes[4].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False)
-    count = len(seeds)
-    figures.heading(figure, note, "validation split", f"mean over {count} seeds" if count > 1 else "one seed")
+    figures.heading(figure, note, "validation split", _bands({"": seeds}))
     return figure
 
 
@@ -126,8 +127,8 @@ def _by_class(history: Mapping[str, Any], kind: str) -> np.ndarray:
 
 
 def _state(seeds: Sequence[Mapping[str, Any]], field: str, read: Any) -> np.ndarray:
-    """Mean over seeds of one class-wise field of every epoch, (epochs, C)."""
-    return np.mean([read(np.array([e[field] for e in h["epochs"]]), h["config"]) for h in seeds], axis=0)
+    """One class-wise field of every epoch, (seeds, epochs, C)."""
+    return np.array([read(np.array([e[field] for e in h["epochs"]]), h["config"]) for h in seeds])
 
 
 def _frame(histories: Histories, columns: Sequence[str], read: Any, first: int) -> pd.DataFrame:
