@@ -35,7 +35,8 @@ class Rule:
     # radii of hard classes
     tau_nat: Share = 0.05
     tau_bdy: Share = 0.07
-    target: Literal["boundary", "robust"] = "boundary"  # error of the second constraint; robust: Agarwal's baseline
+    target: Literal["boundary", "robust", "joint"] = "boundary"  # error of the second constraint; robust: Agarwal's
+    # baseline; joint: robust too, and its multiplier weights both losses, whose sum is the robust error (Eq. 13 to 15)
     bound: Share = 1.0  # on the sum of each kind's multipliers
     radius_low: Share = 1.0  # caps of a class's radius, in multiples of the run's
     radius_high: Annotated[float, Field(ge=1, le=1e6)] = 2.0
@@ -117,15 +118,17 @@ def setting(state: State, rule: Rule) -> Setting:
 
     Weights by `rule.weighting`: "lagrangian" 1/C + phi_i - mean(phi); "softmax" the report's softmax(1 + phi), which
     ignores whatever all classes share, so that average and tolerance have no effect; "printed" 1/C + phi_i, the weights
-    of Algorithm 1 as printed, whose sum grows; "intercept" all equal, since the output layer moves.
+    of Algorithm 1 as printed, whose sum grows; "intercept" all equal, since the output layer moves. With a joint target
+    the natural loss has both multipliers (Eq. 14, with R_rob = R_nat + R_bdy).
     """
+    natural = state.phi_nat + state.phi_bdy if rule.target == "joint" else state.phi_nat
     weights = {
         "lagrangian": class_weights,
         "softmax": lambda phi: (1 + phi).softmax(0),
         "printed": lambda phi: 1 / len(phi) + phi,
         "intercept": lambda phi: torch.full_like(phi, 1 / len(phi)),
     }[rule.weighting]
-    return Setting(weights(state.phi_nat), weights(state.phi_bdy), state.log_radius.clamp(*_log_caps(rule)).exp())
+    return Setting(weights(natural), weights(state.phi_bdy), state.log_radius.clamp(*_log_caps(rule)).exp())
 
 
 def offsets(state: State) -> Tensor:

@@ -113,6 +113,7 @@ _REWEIGHT, _MARGIN = {"alpha_bdy": 0.3}, {"alpha_margin": 3.0}
 _BOTH = {**_REWEIGHT, **_MARGIN}
 _SHRUNK = {**_ALGORITHM1, "alpha_margin": -3.0, "radius_low": 0.5, "radius_high": 1.0}
 _BASELINE = {**_LOOP, "method": "pgd_at", "target": "robust", "alpha_bdy": 0.3, "tau_bdy": 0.07}
+_JOINT = {**_ALGORITHM1, **_REWEIGHT, "target": "joint", "tau_bdy": 0.07}  # the sum of Reweight's two
 _WIDE, _RANDOM = {"eps_255": 12.0, "step_255": 3.0}, {"start": "random", "epochs": 27}
 _HALF = {"method": "pgd_at", "attacked": 0.5, "steps": 20}
 
@@ -143,6 +144,7 @@ FAIR: dict[str, Recipe] = {
     "algorithm1_both": Recipe("Algorithm 1, Reweight + Remargin", "paper", {**_ALGORITHM1, **_BOTH}),
     "baseline_reweight": Recipe("Baseline reweight (Agarwal)", "paper; Agarwal et al. 2018", _BASELINE),
     "baseline_uniform": Recipe("Baseline's loop, equal weights (control)", "control", {**_LOOP, "method": "pgd_at"}),
+    "joint_reweight": Recipe("Reweight, joint constraint (Eq. 13 to 15)", "paper, section 4.1", _JOINT),
     "natural_only": Recipe("Natural multipliers alone (control)", "control", _ALGORITHM1),
     "boundary_only": Recipe("Boundary multipliers alone (control)", "control", {**_LOOP, **_REWEIGHT}),
     "radii_only": Recipe("Radii without multipliers (control)", "control", {**_LOOP, **_MARGIN}),

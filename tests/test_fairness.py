@@ -200,6 +200,16 @@ class TestUpdate:
         close(state.phi_bdy, [0, 0, 0.09])
         close(state.phi_nat, [0, 0, 0.1])
 
+    def test_a_joint_constraint_weights_both_losses(self) -> None:
+        """Eq. 14, in which R_rob = R_nat + R_bdy: the natural loss has phi_nat + phi_rob, the boundary loss phi_rob."""
+        rule = replace(RULE, alpha_nat=0.4, alpha_bdy=0.5, target="joint")
+        state = steps(rule, NATURAL, BOUNDARY, 1)
+        assert torch.equal(state.phi_bdy, steps(replace(rule, target="robust"), NATURAL, BOUNDARY, 1).phi_bdy)
+        weights_nat, weights_bdy, factors = fairness.setting(state, rule)
+        close(weights_nat, [1 / 3 - 0.19 / 3, 1 / 3 - 0.19 / 3, 1 / 3 + 2 * 0.19 / 3])  # phi 0.1 + 0.09 of class 2
+        close(weights_bdy, [1 / 3 - 0.03, 1 / 3 - 0.03, 1 / 3 + 0.06])
+        close(factors, [1.0] * 3)
+
     def test_single_precision_errors_are_read_in_full(self) -> None:
         state = fairness.update(fairness.initial(3), NATURAL.float(), BOUNDARY.float(), replace(RULE, alpha_nat=0.4))
         assert {part.dtype for part in state} == {torch.float64}
@@ -456,7 +466,7 @@ class TestRecipes:
             if config.alpha_nat:
                 assert int(weights_nat.argmax()) == 2
             if config.alpha_bdy:
-                assert int(weights_bdy.argmax()) == (2 if config.target == "robust" else 0)
+                assert int(weights_bdy.argmax()) == (0 if config.target == "boundary" else 2)
             if config.alpha_margin:
                 assert int((factors * config.alpha_margin).argmax()) == 0
                 assert float(factors[0]) < 1 if name == "shrunk_margin" else float(factors[0]) > 1
