@@ -231,4 +231,5 @@ def outcomes(path: Path, weights: str | None = None) -> dict[str, np.ndarray]:
     except OSError as error:
         raise disk.not_read(path, error) from None
     except Exception as error:  # a damaged archive can raise anything
-        raise KitError(f"the outcomes {path} cannot be read ({error}): delete them to have them made again") from None
+        fix = "delete them and the record beside them, and both are made again"
+        raise KitError(f"the outcomes {path} cannot be read ({error}): {fix}") from None
