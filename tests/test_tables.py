@@ -194,6 +194,11 @@ class TestPaired:
         assert found == pytest.approx(expected)
         assert low < found < high < 0
 
+    def test_class_errors_count_what_is_wrong(self) -> None:
+        right = [[True, False, True, True], [False, False, True, False]]
+        found = statistics.class_errors(right, [0, 0, 1, 0])
+        np.testing.assert_allclose(found, [[1 / 3, 0], [1, 0]])
+
     def test_what_both_share_cancels(self) -> None:
         """Equal models differ by nothing; those that differ on few images, by far less than independent ones."""
         ours = self.outcomes(0.6)
@@ -254,6 +259,18 @@ class TestMechanism:
         table = mechanism.smallest_violations({"uniform": [history]})
         assert table.loc["uniform"].tolist() == ["5.0", "3.0", "1", "3.0", "0 of 1"]
         assert mechanism.smallest_violations({"u": [history]}, tau_nat=0.2, tau_bdy=0.2)["satisfied"].item() == "1 of 1"
+
+    def test_how_far_the_weights_move(self) -> None:
+        """Both losses' weights of two classes, moving by 0.2 + 0.2 in each of the first steps and by nothing later."""
+        path = [0.5, 0.6, 0.7, 0.7, 0.7]
+        epochs = [{"weights_nat": [w, 1 - w], "weights_bdy": [w, 1 - w]} for w in path]
+        still = [{"weights_nat": [0.5, 0.5], "weights_bdy": [0.5, 0.5]}] * 5
+        table = mechanism.weight_movement(
+            {"both": [{"epochs": epochs}, {"epochs": still}], "one": [{"epochs": epochs}]}, 2
+        )
+        assert table.columns.tolist() == ["first 2 epochs", "last 2 epochs"]
+        assert table.loc["one"].tolist() == ["0.400", "0.000"]
+        assert table.loc["both"].tolist() == ["0.200 ± 0.283", "0.000 ± 0.000"]  # sd of 0.4 and 0
 
 
 class TestRendered:

@@ -130,3 +130,19 @@ def smallest_violations(histories: Mapping[str, Seeds], **tau: float) -> pd.Data
             "satisfied": f"{sum(value <= 0 for value in smallest)} of {len(every)}",
         }
     return pd.DataFrame(rows).T
+
+
+def weight_movement(histories: Mapping[str, Seeds], epochs: int = 10) -> pd.DataFrame:
+    """How far the class weights of both losses move in an epoch, so whether the multipliers settle: a row a recipe.
+
+    The sum of absolute changes, mean over the first and over the last `epochs` changes of a run, mean ± sd over seeds.
+    """
+    rows = {}
+    for recipe, seeds in histories.items():
+        weights = [np.array([[e["weights_nat"], e["weights_bdy"]] for e in history["epochs"]]) for history in seeds]
+        moved = [np.abs(np.diff(by_epoch, axis=0)).sum(axis=(1, 2)) for by_epoch in weights]
+        parts = {f"first {epochs} epochs": slice(epochs), f"last {epochs} epochs": slice(-epochs, None)}
+        rows[recipe] = {
+            name: tables.plus_minus([one[part].mean() for one in moved], decimals=3) for name, part in parts.items()
+        }
+    return pd.DataFrame(rows).T

@@ -102,6 +102,12 @@ def paired_worst_draws(
     return float((worst[0] - worst[1]).mean()), np.take_along_axis(change, seeds, 1).mean(1)
 
 
+def class_errors(right: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Class-wise errors (S, C), fractions, of outcomes `right` (S, N), as of `studies.outcomes`; `labels` (N,)."""
+    members = np.eye(int(np.max(labels)) + 1)[np.asarray(labels)]
+    return ~np.asarray(right, dtype=bool) @ members / members.sum(0)
+
+
 def wilson(wrong: ArrayLike, images: ArrayLike) -> list[tuple[float, float]]:
     """Wilson's 95 % interval of each class's error: `wrong` of its `images`, both (C,) whole numbers; fractions."""
     pairs = zip(np.asarray(wrong).tolist(), np.asarray(images).tolist(), strict=True)
