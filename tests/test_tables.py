@@ -260,6 +260,13 @@ class TestMechanism:
         assert table.loc["uniform"].tolist() == ["5.0", "3.0", "1", "3.0", "0 of 1"]
         assert mechanism.smallest_violations({"u": [history]}, tau_nat=0.2, tau_bdy=0.2)["satisfied"].item() == "1 of 1"
 
+    def test_who_pays_in_words(self) -> None:
+        words = mechanism.payers(mechanism.who_pays(self.BEFORE, self.AFTER))
+        assert words.startswith(
+            "robust error by class: from -30.0 points (a b) to +40.0 (c); others' images taken for a b"
+        )
+        assert words.endswith(": +40.0 % of a class; sum over all classes +30.0 points")
+
     def test_how_far_the_weights_move(self) -> None:
         """Both losses' weights of two classes, moving by 0.2 + 0.2 in each of the first steps and by nothing later."""
         path = [0.5, 0.6, 0.7, 0.7, 0.7]

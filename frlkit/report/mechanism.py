@@ -57,6 +57,16 @@ def who_pays(before: Seeds, after: Seeds, eps_255: float = 8) -> pd.DataFrame:
     )
 
 
+def payers(pays: pd.DataFrame) -> str:
+    """What `who_pays` found, in words: whose error falls most, whose rises most, and what is left over all classes."""
+    own, taken = pays["own error"], pays["taken for it"]
+    gains, loses = own.idxmin(), own.idxmax()
+    return (
+        f"robust error by class: from {own[gains]:+.1f} points ({gains}) to {own[loses]:+.1f} ({loses}); others' images "
+        f"taken for {gains}: {taken[gains]:+.1f} % of a class; sum over all classes {own.sum():+.1f} points"
+    )
+
+
 def group_error(errors: pd.DataFrame, recipe: str, measure: str, group: Sequence[str]) -> pd.DataFrame:
     """Mean error (%) of a group of classes, of its worst, and of all others, seed by seed, from `tables.tidy`.
 
