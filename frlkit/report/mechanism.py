@@ -62,7 +62,7 @@ def payers(pays: pd.DataFrame) -> str:
     own, taken = pays["own error"], pays["taken for it"]
     gains, loses = own.idxmin(), own.idxmax()
     return (
-        f"robust error by class: from {own[gains]:+.1f} points ({gains}) to {own[loses]:+.1f} ({loses}); others' images "
+        f"own robust error: from {own[gains]:+.1f} points ({gains}) to {own[loses]:+.1f} ({loses}); others' images "
         f"taken for {gains}: {taken[gains]:+.1f} % of a class; sum over all classes {own.sum():+.1f} points"
     )
 
