@@ -262,9 +262,7 @@ class TestMechanism:
 
     def test_who_pays_in_words(self) -> None:
         words = mechanism.payers(mechanism.who_pays(self.BEFORE, self.AFTER))
-        assert words.startswith(
-            "robust error by class: from -30.0 points (a b) to +40.0 (c); others' images taken for a b"
-        )
+        assert words.startswith("own robust error: from -30.0 points (a b) to +40.0 (c); ")
         assert words.endswith(": +40.0 % of a class; sum over all classes +30.0 points")
 
     def test_how_far_the_weights_move(self) -> None:
