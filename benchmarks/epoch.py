@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from frlkit import evaluation, fairness, kernels, models, recipes, records, training
-from frlkit.data import Split
+from frlkit.data import Dataset, Split
 from frlkit.evaluation import Attack
 
 BATCH = 128
@@ -75,11 +75,17 @@ def train_with_torchattacks(network: nn.Module, split: Split, steps: int, share:
         optimizer.step()
 
 
+def train_one_epoch(
+    model: nn.Module, split: Split, config: recipes.Config, balance: fairness.Setting | None = None
+) -> None:
+    optimizer, images = torch.optim.Adam(model.parameters(), lr=config.lr), Dataset("", (), split, split, split)
+    run = training.Progress(config, images, model, optimizer, None)
+    training.mean_loss(training.train_epoch(run, balance=balance), 0)
+
+
 def train_with_kit(model: nn.Module, split: Split, steps: int, share: float) -> None:
     config = recipes.Config("pgd_at", steps=steps, attacked=share, batch_size=BATCH)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    for _ in training.train_epoch(model, optimizer, split, config, epoch=0):
-        pass
+    train_one_epoch(model, split, config)
 
 
 def evaluate_with_torchattacks(network: nn.Module, split: Split, batch: int) -> None:
@@ -97,9 +103,7 @@ def reweight_epoch(model: nn.Module, split: Split, validation: Split) -> None:
     boundary = torch.from_numpy(evaluation.changed(model, validation, Attack(steps=20)))
     state = fairness.update(fairness.initial(len(natural)), natural, boundary, config)
     balance = fairness.Setting(*(values.float() for values in fairness.setting(state, config)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    for _ in training.train_epoch(model, optimizer, split, config, epoch=0, balance=balance):
-        pass
+    train_one_epoch(model, split, config, balance)
 
 
 def reweight_batch_as_reported(network: nn.Module, split: Split, validation: Split) -> None:

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from frlkit import kernels, models, recipes, records, training
+from frlkit.data import Dataset
 
 SLICE = 3200  # images of a timed epoch, where their number is not what varies
 
@@ -30,11 +31,10 @@ def epoch(images: int = SLICE, batch_size: int = 100, steps: int = 10) -> Callab
     """One epoch of PGD-AT, ready to be timed."""
     model, split = models.build("lenet5", 10, seed=0), random_images(images)
     config = recipes.Config("pgd_at", steps=steps, batch_size=batch_size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    run = training.begin(config, Dataset("random", tuple("0123456789"), split, split, split), model)
 
     def work() -> None:
-        for _ in training.train_epoch(model, optimizer, split, config, epoch=0):
-            pass
+        training.mean_loss(training.train_epoch(run), 0)
 
     return work
 

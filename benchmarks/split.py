@@ -39,9 +39,10 @@ def pool(dataset: Dataset, tracks: int) -> Split:
 def trained(recipe: str, split: Split, epochs: int) -> nn.Module:
     config = recipes.configure(recipe, "gtsrb", 0, epochs=epochs, batch_size=64)
     model = models.place(models.build(config.model, int(split.classes or 0), seed=0), split.labels.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    for epoch in range(epochs):
-        training.mean_loss(training.train_epoch(model, optimizer, split, config, epoch), epoch)
+    images = data.Dataset("gtsrb", tuple(map(str, range(int(split.classes or 0)))), split, split, split)
+    run = training.Progress(config, images, model, torch.optim.Adam(model.parameters(), lr=config.lr), None)
+    for run.epoch in range(epochs):
+        training.mean_loss(training.train_epoch(run), run.epoch)
     return model
 
 

@@ -157,9 +157,9 @@ def _validation_errors(run: Progress) -> dict[str, Any]:
 def _epoch(run: Progress) -> Batches:
     """One epoch; of a retraining, of Algorithm 1: errors on the validation split, multipliers, training under them,
     `updates` times."""
-    config, trained = run.config, (run.model, run.optimizer, run.data.train, run.config, run.epoch)
+    config = run.config
     if run.multipliers is None:
-        yield from train_epoch(*trained, average=run.average)
+        yield from train_epoch(run)
         return
     for part in range(config.updates):
         before = run.multipliers
@@ -170,7 +170,7 @@ def _epoch(run: Progress) -> Batches:
             continue
         balance = fairness.setting(run.multipliers, config)
         balance = fairness.Setting(*(values.float().to(run.data.train.labels.device) for values in balance))
-        yield from train_epoch(*trained, (part, config.updates), balance, run.average)
+        yield from train_epoch(run, (part, config.updates), balance)
 
 
 @torch.no_grad()
@@ -222,48 +222,39 @@ def _drawn(run: Progress, part: int) -> Split:
     return split.take(split.draw(wanted, stream(run.config.seed, run.epoch, ESTIMATE, part)))
 
 
-def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    config: Config,
-    epoch: int,
-    part: tuple[int, int] = (0, 1),
-    balance: fairness.Setting | None = None,
-    average: nn.Module | None = None,
-) -> Batches:
-    """Train one epoch (counted from 0), yielding (images, loss) of each batch; every image is used once.
+def train_epoch(run: Progress, part: tuple[int, int] = (0, 1), balance: fairness.Setting | None = None) -> Batches:
+    """Train a run's next epoch, yielding (images, loss) of each batch; every image is used once.
 
-    `part` = (k, n) trains only the k-th of n parts of the epoch's batches, from 0; `average` follows (``config.ema``).
+    `part` = (k, n) trains only the k-th of n parts of the epoch's batches, from 0; `balance` is a retraining run's.
     """
-    device = split.labels.device
+    split, config, epoch, device = run.data.train, run.config, run.epoch, run.data.train.labels.device
     starts = stream(config.seed, epoch, START, part[0], device=device)
     order = torch.randperm(len(split), generator=stream(config.seed, epoch, ORDER)).to(device)
     batches = order.split(config.batch_size)
     first, last = (len(batches) * (part[0] + k) // part[1] for k in (0, 1))
     shifts = stream(config.seed, epoch, AUGMENT, part[0], device=device)
-    model.train()
+    run.model.train()
     for number, index in enumerate(batches[first:last], start=first):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, epoch + number / len(batches))
+        done = epoch + number / len(batches)
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(config, done)
         x, y = split.batch(index)
         if config.augment != "none":
             x = augmented(x, config.augment, shifts)
         with evaluation.number_format(config.precision, device):
-            progress = (epoch + number / len(batches)) / config.epochs
-            batch_loss = loss(model, x, y, config, starts, balance, progress)
+            batch_loss = loss(run.model, x, y, config, starts, balance, done / config.epochs)
         value = batch_loss.item()
         if not math.isfinite(value):
             raise TrainingDivergedError(
                 f"epoch {epoch + 1}, batch {number + 1}: the loss is {value}; the checkpoint of the epoch before is "
                 f"intact; lower lr = {config.lr:g} or look at the data"
             )
-        optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
         batch_loss.backward()
-        distributed.average_gradients(model)
-        optimizer.step()
-        if average is not None:
-            _follow(average, model, config.ema)
+        distributed.average_gradients(run.model)
+        run.optimizer.step()
+        if run.average is not None:
+            _follow(run.average, run.model, config.ema)
         yield len(index), value
 
 

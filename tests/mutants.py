@@ -112,7 +112,7 @@ MUTANTS = [
     ),
     Mutant("the rate never falls", "training.py", "** (int(epoch) // config.lr_every)", "** 0", TRAINING),
     Mutant("TRADES without beta", "losses.py", "+ config.beta * (", "+ (", TRAINING),
-    Mutant("training in eval mode", "training.py", "    model.train()\n", "    model.eval()\n", TRAINING),
+    Mutant("training in eval mode", "training.py", "run.model.train()", "run.model.eval()", TRAINING),
     Mutant("the last images are left out", "training.py", "batches[first:last]", "batches[first : last - 1]", TRAINING),
     Mutant("optimiser not stored", "training.py", '"optimizer": self.optimizer.state_dict(),', "", TRAINING),
     Mutant(
@@ -140,7 +140,7 @@ MUTANTS = [
     Mutant("FRL without beta", "losses.py", "natural + config.beta * boundary", "natural + boundary", FAIR),
     Mutant(
         "every part of an epoch is the first",
-        *("training.py", "*trained, (part, config.updates)", "*trained, (0, config.updates)", FAIR),
+        *("training.py", "(run, (part, config.updates)", "(run, (0, config.updates)", FAIR),
     ),
     Mutant("printed weights made to sum to 1", "losses.py", 'config.weighting == "printed"', "False", FAIR),
     Mutant("biases moved anew every time", "training.py", " - fairness.offsets(before)\n", "\n", FAIR),

@@ -396,6 +396,10 @@ class TestLabelsOfShuffledImages:
 
 
 class TestParts:
+    def run(self, config: Config, split: Split, epoch: int = 0) -> training.Progress:
+        model, data = models.build("lenet5", seed=0), Dataset("digits", tuple("0123456789"), split, split, split)
+        return training.Progress(config, data, model, torch.optim.SGD(model.parameters(), lr=0.01), None, epoch)
+
     def visits(self, monkeypatch: pytest.MonkeyPatch, parts: int, images: int = 200) -> tuple[list[list[int]], list]:
         """The batches of all parts of epoch 3, one after another, and random numbers of each batch's attack."""
         numbered = Split(torch.zeros(images, 1, 32, 32, dtype=torch.uint8), torch.arange(images))
@@ -408,11 +412,9 @@ class TestParts:
             return model(x).sum()
 
         monkeypatch.setattr(training, "loss", loss)
-        model = models.build("lenet5", seed=0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        config = Config("natural", "digits", batch_size=16)
+        run = self.run(Config("natural", "digits", batch_size=16), numbered, epoch=3)
         for part in range(parts):
-            list(training.train_epoch(model, optimizer, numbered, config, 3, (part, parts)))
+            list(training.train_epoch(run, (part, parts)))
         return batches, draws
 
     @pytest.mark.parametrize("parts", [2, 3, 5, 13, 20])
@@ -424,11 +426,9 @@ class TestParts:
         assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)  # no part repeats another's random numbers
 
     def test_they_are_of_like_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = models.build("lenet5", seed=0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         split = Split(torch.zeros(200, 1, 32, 32, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
-        config = Config("natural", "digits", batch_size=10)
-        sizes = [len(list(training.train_epoch(model, optimizer, split, config, 0, (part, 6)))) for part in range(6)]
+        run = self.run(Config("natural", "digits", batch_size=10), split)
+        sizes = [len(list(training.train_epoch(run, (part, 6)))) for part in range(6)]
         assert sum(sizes) == 20
         assert max(sizes) - min(sizes) <= 1
 
@@ -440,9 +440,7 @@ class TestParts:
             return model(x).sum()
 
         monkeypatch.setattr(training, "loss", loss)
-        model = models.build("lenet5", seed=0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        list(training.train_epoch(model, optimizer, tiny.train, fair("uniform"), 0, (1, 2), BALANCE))
+        list(training.train_epoch(self.run(fair("uniform"), tiny.train), (1, 2), BALANCE))
         assert len(seen) == 2
         assert all(balance is BALANCE for balance in seen)
 
@@ -472,12 +470,10 @@ class TestStart:
         begun: list[dict[str, Tensor]] = []
         straight = training.train_epoch
 
-        def train_epoch(
-            model: nn.Module, optimizer: Any, split: Split, config: Config, *rest: Any, **names: Any
-        ) -> Iterator[Any]:
-            assert isinstance(config, FairConfig), "the start was trained again"
-            begun.append({name: value.clone() for name, value in model.state_dict().items()})
-            yield from straight(model, optimizer, split, config, *rest, **names)
+        def train_epoch(run: training.Progress, *rest: Any) -> Iterator[Any]:
+            assert isinstance(run.config, FairConfig), "the start was trained again"
+            begun.append({name: value.clone() for name, value in run.model.state_dict().items()})
+            yield from straight(run, *rest)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         place = place_of(tmp_path, start, "algorithm1_both")
@@ -534,11 +530,9 @@ def stop_after(
     """Run until `allowed` batches of the retraining run (`kind` Config: of any run) are trained, then fail."""
     straight, trained = training.train_epoch, []
 
-    def train_epoch(
-        model: nn.Module, optimizer: Any, split: Split, config: Config, *rest: Any, **names: Any
-    ) -> Iterator[Any]:
-        for item in straight(model, optimizer, split, config, *rest, **names):
-            if isinstance(config, kind):
+    def train_epoch(run: training.Progress, *rest: Any) -> Iterator[Any]:
+        for item in straight(run, *rest):
+            if isinstance(run.config, kind):
                 if len(trained) == allowed:
                     raise StoppedError
                 trained.append(None)
@@ -650,9 +644,9 @@ class TestMeasuring:
         monkeypatch.setattr(evaluation, "class_similarity", spy(evaluation.class_similarity))
         straight = training.train_epoch
 
-        def train_epoch(model: nn.Module, optimizer: Any, split: Split, *rest: Any, **names: Any) -> Iterator[Any]:
-            trained.append(split)
-            yield from straight(model, optimizer, split, *rest, **names)
+        def train_epoch(run: training.Progress, *rest: Any) -> Iterator[Any]:
+            trained.append(run.data.train)
+            yield from straight(run, *rest)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         monkeypatch.setattr(records, "evaluate", lambda *_, **__: None)
@@ -910,10 +904,10 @@ tensors = torch.load(folder / "data.pt")
 tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
 straight = training.train_epoch
 
-def train_epoch(model, optimizer, split, config, epoch, part, *rest):
-    for item in straight(model, optimizer, split, config, epoch, part, *rest):
+def train_epoch(run, part, *rest):
+    for item in straight(run, part, *rest):
         yield item
-        if epoch == 1 and part[0] == 1:  # the multipliers too have changed since the checkpoint
+        if run.epoch == 1 and part[0] == 1:  # the multipliers too have changed since the checkpoint
             print("IN THE MIDDLE", flush=True)
             time.sleep(300)
 

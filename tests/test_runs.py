@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_training import RUNS, StoppedError, assert_same_run, stop_at, weights_of
-from torch import Tensor, nn
+from torch import Tensor
 
 from frlkit import KitError, checkpoint, disk, evaluation, models, recipes, records, runs, training
 from frlkit.data import Dataset, Split
@@ -250,9 +250,9 @@ class TestValidationShare:
         trained: list[Split] = []
         straight = training.train_epoch
 
-        def train_epoch(model: nn.Module, optimizer: Any, split: Split, *rest: Any, **names: Any) -> Iterator[Any]:
-            trained.append(split)
-            yield from straight(model, optimizer, split, *rest, **names)
+        def train_epoch(run: training.Progress, *rest: Any) -> Iterator[Any]:
+            trained.append(run.data.train)
+            yield from straight(run, *rest)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         place = runs.folder(tmp_path, "report_reweight", config)
@@ -273,9 +273,9 @@ class TestRandomStart:
         begun: list[dict[str, Tensor]] = []
         straight = training.train_epoch
 
-        def train_epoch(model: nn.Module, *rest: Any, **names: Any) -> Iterator[Any]:
-            begun.append({name: value.clone() for name, value in model.state_dict().items()})
-            yield from straight(model, *rest, **names)
+        def train_epoch(run: training.Progress, *rest: Any) -> Iterator[Any]:
+            begun.append({name: value.clone() for name, value in run.model.state_dict().items()})
+            yield from straight(run, *rest)
 
         with monkeypatch.context() as patch:
             patch.setattr(training, "train_epoch", train_epoch)

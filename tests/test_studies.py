@@ -149,9 +149,9 @@ class TestStudy:
         trained: list[int] = []
         straight: Callable[..., Any] = training.train_epoch
 
-        def train_epoch(*arguments: Any, **names: Any) -> Iterator[tuple[int, float]]:
-            trained.append(arguments[3].seed)
-            yield from straight(*arguments, **names)
+        def train_epoch(run: training.Progress, *rest: Any) -> Iterator[tuple[int, float]]:
+            trained.append(run.config.seed)
+            yield from straight(run, *rest)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         records, _ = self.study(place, tiny, 0, 1, 2)

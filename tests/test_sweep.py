@@ -740,11 +740,11 @@ class TestAway:
         run, trained = sweeps.plan(written(tmp_path, SHORT), serial)[0], []
         original = training.train_epoch
 
-        def train_epoch(*words: Any, **named: Any) -> Any:
-            trained.append(words[4])
+        def train_epoch(run: training.Progress, *rest: Any) -> Any:
+            trained.append(run.epoch)
             if len(trained) == 4:
                 raise MemoryError("no memory left")
-            return original(*words, **named)
+            return original(run, *rest)
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
         assert clusters.away(run.recipe, run.config, {}, "cpu") == ({}, "MemoryError: no memory left")

@@ -97,9 +97,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
     """Make training fail at a batch of an epoch, both counted from 0."""
     straight = training.train_epoch
 
-    def train_epoch(*arguments: Any, **names: Any) -> Iterator[tuple[int, float]]:
-        for number, item in enumerate(straight(*arguments, **names)):
-            if (arguments[4], number) == (epoch, batch):
+    def train_epoch(run: training.Progress, *rest: Any) -> Iterator[tuple[int, float]]:
+        for number, item in enumerate(straight(run, *rest)):
+            if (run.epoch, number) == (epoch, batch):
                 raise StoppedError
             yield item
 
@@ -176,11 +176,9 @@ class TestLearningRate:
         rates: list[float] = []
         straight = training.train_epoch
 
-        def train_epoch(
-            model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any, **names: Any
-        ) -> Iterator[tuple[int, float]]:
-            for batch in straight(model, optimizer, *rest, **names):
-                rates.extend(group["lr"] for group in optimizer.param_groups)
+        def train_epoch(run: training.Progress, *rest: Any) -> Iterator[tuple[int, float]]:
+            for batch in straight(run, *rest):
+                rates.extend(group["lr"] for group in run.optimizer.param_groups)
                 yield batch
 
         monkeypatch.setattr(training, "train_epoch", train_epoch)
@@ -197,7 +195,8 @@ class TestLearningRate:
         config = replace(RUNS["natural"], schedule="cyclic", lr=0.01)
         model = models.build("lenet5", seed=0)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        rates = [optimizer.param_groups[0]["lr"] for _ in training.train_epoch(model, optimizer, tiny.train, config, 1)]
+        run = training.Progress(config, tiny, model, optimizer, None, epoch=1)
+        rates = [optimizer.param_groups[0]["lr"] for _ in training.train_epoch(run)]
         batches = math.ceil(len(tiny.train) / config.batch_size)
         expected = [training.learning_rate(config, 1 + number / batches) for number in range(batches)]
         assert rates == pytest.approx(expected)
@@ -272,9 +271,10 @@ class TestLoss:
 
 
 class TestEpoch:
-    def setting(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = models.build("lenet5", seed=0)
-        return model, torch.optim.SGD(model.parameters(), lr=0.01)
+    def run(self, split: Split, epoch: int = 0, **values: Any) -> training.Progress:
+        model, data = models.build("lenet5", seed=0), Dataset("digits", tuple("0123456789"), split, split, split)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        return training.Progress(replace(RUNS["natural"], **values), data, model, optimizer, None, epoch)
 
     def test_every_image_once_the_last_partial_batch_too(self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
         numbered = Split(torch.zeros(200, 1, 32, 32, dtype=torch.uint8), torch.arange(200))
@@ -287,9 +287,8 @@ class TestEpoch:
             return model(x).sum()
 
         monkeypatch.setattr(training, "loss", loss)
-        model, optimizer = self.setting()
         for epoch in (0, 1):
-            sizes = [count for count, _ in training.train_epoch(model, optimizer, numbered, RUNS["natural"], epoch)]
+            sizes = [count for count, _ in training.train_epoch(self.run(numbered, epoch))]
             assert sizes == [64, 64, 64, 8]
         orders = [sum(batches[:4], []), sum(batches[4:], [])]
         for order in orders:
@@ -311,7 +310,7 @@ class TestEpoch:
         for seed, epoch, noise in ((0, 1, 0), (0, 1, 99), (1, 1, 0), (1, 0, 0)):
             torch.manual_seed(noise)
             seen.clear()
-            list(training.train_epoch(*self.setting(), numbered, replace(RUNS["natural"], seed=seed), epoch))
+            list(training.train_epoch(self.run(numbered, epoch, seed=seed)))
             orders.append(list(seen))
         assert orders[0] == orders[1]
         assert len({tuple(order) for order in orders}) == 3
@@ -325,15 +324,14 @@ class TestEpoch:
 
         monkeypatch.setattr(training, "loss", loss)
         for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
-            list(training.train_epoch(*self.setting(), tiny.train, replace(RUNS["natural"], seed=seed), epoch))
+            list(training.train_epoch(self.run(tiny.train, epoch, seed=seed)))
         assert draws[:4] == draws[12:]
         assert len(set(draws[:12])) == 12
 
     def test_one_batch_is_one_step_down_the_gradient(self, tiny: Dataset) -> None:
-        model, optimizer = self.setting()
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        config = replace(RUNS["natural"], batch_size=1000, lr=0.01)  # the whole split in one batch
-        ((count, value),) = training.train_epoch(model, optimizer, tiny.train, config, 0)
+        run = self.run(tiny.train, batch_size=1000, lr=0.01)  # the whole split in one batch
+        before = {name: value.clone() for name, value in run.model.state_dict().items()}
+        ((count, value),) = training.train_epoch(run)
         assert count == 200
         fresh = models.build("lenet5", seed=0)
         expected = F.cross_entropy(fresh(tiny.train.images.float() / 255), tiny.train.labels)
@@ -341,18 +339,18 @@ class TestEpoch:
         expected.backward()
         for name, parameter in fresh.named_parameters():
             moved = before[name] - 0.01 * parameter.grad
-            torch.testing.assert_close(model.state_dict()[name], moved, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(run.model.state_dict()[name], moved, rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
         self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch, value: float
     ) -> None:
-        model, optimizer = self.setting()
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        run = self.run(tiny.train, epoch=4)
+        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
         monkeypatch.setattr(training, "loss", lambda model, x, *_: model(x).sum() * value)
         with pytest.raises(training.TrainingDivergedError, match="epoch 5, batch 1: the loss is"):
-            list(training.train_epoch(model, optimizer, tiny.train, RUNS["natural"], 4))
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+            list(training.train_epoch(run))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
 
 
 class TestAverage:
@@ -365,7 +363,7 @@ class TestAverage:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         kept = [value.detach().double().clone() for value in model.parameters()]
         for epoch in (0, 1):
-            for _ in training.train_epoch(model, optimizer, tiny.train, config, epoch, average=average):
+            for _ in training.train_epoch(training.Progress(config, tiny, model, optimizer, average, epoch)):
                 for mine, now in zip(kept, model.parameters(), strict=True):
                     mine.mul_(0.7).add_(0.3 * now.detach().double())
         for mine, found, now in zip(kept, average.parameters(), model.parameters(), strict=True):
@@ -679,10 +677,10 @@ tensors = torch.load(folder / "data.pt")
 tiny = Dataset("digits", tuple("0123456789"), *(Split(*pair) for pair in tensors))
 straight = training.train_epoch
 
-def train_epoch(model, optimizer, split, config, epoch, **names):
-    for number, item in enumerate(straight(model, optimizer, split, config, epoch, **names)):
+def train_epoch(run, *rest):
+    for number, item in enumerate(straight(run, *rest)):
         yield item
-        if epoch == 1 and number == 2:  # the weights have changed since the checkpoint
+        if run.epoch == 1 and number == 2:  # the weights have changed since the checkpoint
             print("IN THE MIDDLE", flush=True)
             time.sleep(300)
 
