@@ -86,7 +86,7 @@ class Dataset:
         groups = None if one.groups is None else torch.cat([one.groups, other.groups])
         labels = torch.cat([one.labels, other.labels])
         whole = Split(torch.cat([one.images, other.images]), labels, groups, one.classes)
-        drawn = stratified_split(labels.cpu(), share, 0, None if groups is None else groups.cpu())
+        drawn = stratified_split(labels.cpu(), share, groups=None if groups is None else groups.cpu())
         train, validation = (whole.take(index.to(labels.device)) for index in drawn)
         return replace(self, train=train, validation=validation, share=share)
 
@@ -126,7 +126,6 @@ def load(
     *,
     device: str | torch.device = "cpu",
     validation: float = 0.1,
-    split_seed: int = 0,
     size: int | None = SIZE,
     channels: int | None = 3,
     upright: bool = False,
@@ -140,8 +139,8 @@ def load(
         depend on the machine
     device : where the tensors live
     validation : share of each class's training images set aside before any training, at least one (`stratified_split`);
-        of GTSRB, share of each class's tracks; a folder's own validation images are used instead
-    split_seed : the seed of that draw, independent of any run's seed
+        of GTSRB, share of each class's tracks; a folder's own validation images are used instead; the same images
+        whatever a run's seed
     size : side in pixels, as the kit's own networks take it unless said otherwise; None for what the files suggest
     channels, upright : of a folder's images (`images.read`): 1 or 3 channels, as the kit's own colour networks take
         them unless said otherwise, None for what the files suggest; whether EXIF turns them
@@ -150,7 +149,7 @@ def load(
     `DataUnavailableError`, with the folder searched, where it is neither on disk nor downloaded, and `KitError` for an
     unknown name, damaged files, or a class without an image in one of the three splits.
     """
-    names, parts, pixels, notes, drawn = sources.read(name, validation, split_seed, size, channels, upright)
+    names, parts, pixels, notes, drawn = sources.read(name, validation, size, channels, upright)
     for note in notes:
         print(f"{name}: {note}", file=sys.stderr)
     splits = []

@@ -194,7 +194,7 @@ class TestDigits:
         assert digits.train.images.dtype == torch.uint8  # the resident tensor is not the one that was divided
 
     def test_the_test_part_does_not_depend_on_the_validation_split(self, digits: Dataset) -> None:
-        other = data.load("digits", validation=0.3, split_seed=9)
+        other = data.load("digits", validation=0.3)
         assert torch.equal(other.test.images, digits.test.images)
         assert len(other.validation) == pytest.approx(0.3 * 1437, abs=1)
 

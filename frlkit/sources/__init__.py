@@ -19,7 +19,7 @@ FOLDER = "folder:"
 
 
 def read(
-    name: str, share: float, seed: int, size: int | None, channels: int | None, upright: bool
+    name: str, share: float, size: int | None, channels: int | None, upright: bool
 ) -> tuple[tuple[str, ...], list[Part], Tensor, list[str], bool]:
     """Class names; training, validation and test part; all pixels, uint8, in that order; notes (`data.load`); and
     whether the validation part was drawn from the training images, and is not a folder's own."""
@@ -31,7 +31,7 @@ def read(
     source = folders.find(_place(name)) if name.startswith(FOLDER) else READERS[name]()
     if source.form and (channels not in (3, None) or upright):
         raise KitError(f"channels and upright are for {FOLDER}PATH: the images of {name} are as they are")
-    parts = three(source, share, seed, digits_split if name == "digits" else stratified_split)
+    parts = three(source, share, digits_split if name == "digits" else stratified_split)
     size, channels = (size or source.form[0], source.form[1]) if source.form else (size, channels)
     items = [item for part in parts for item in part.items]
     pixels, notes = images.read(items, size=size, channels=channels, upright=upright, keep=source.keep)

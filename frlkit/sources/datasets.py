@@ -103,12 +103,12 @@ def _digits() -> Source:
     scans = load_digits()
     pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
     whole = of_arrays("digits", pixels, scans.target)
-    train, test = digits_split(whole.labels, 0.2, seed=0)
+    train, test = digits_split(whole.labels, 0.2)
     parts = {"train": whole.take(train), "test": whole.take(test)}
     return Source(tuple(map(str, scans.target_names)), parts, form=GREY, keep=False)
 
 
-def digits_split(labels: Tensor, share: float, seed: int, groups: None = None) -> tuple[Tensor, Tensor]:
+def digits_split(labels: Tensor, share: float, seed: int = 0, groups: None = None) -> tuple[Tensor, Tensor]:
     """The digits' splits as they always were: scikit-learn's rounding of a class's share is another."""
     from sklearn.model_selection import train_test_split  # slow to import
 

@@ -12,7 +12,7 @@ from frlkit import KitError
 from frlkit.sources.folders import Part, Source
 
 
-def three(source: Source, share: float, seed: int, draw: Callable[..., tuple[Tensor, Tensor]]) -> list[Part]:
+def three(source: Source, share: float, draw: Callable[..., tuple[Tensor, Tensor]]) -> list[Part]:
     """Training, validation and test part, the second the source's own or drawn from the first, before any is read."""
     train, held_out, test = (source.parts.get(name) for name in ("train", "validation", "test"))
     _every_class(source.class_names, test, "test", 1)
@@ -21,7 +21,7 @@ def three(source: Source, share: float, seed: int, draw: Callable[..., tuple[Ten
         _every_class(source.class_names, train, "training", 1)
         return [train, held_out, test]
     _every_class(source.class_names, train, "training", 2)  # one to train, one to validate
-    keep, held = draw(train.labels, share, seed, train.groups)
+    keep, held = draw(train.labels, share, groups=train.groups)
     return [train.take(keep), train.take(held), test]
 
 
@@ -35,7 +35,9 @@ def _every_class(class_names: Sequence[str], images: Part, part: str, least: int
             )
 
 
-def stratified_split(labels: Tensor, share: float, seed: int, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def stratified_split(
+    labels: Tensor, share: float, seed: int = 0, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sorted indices of the larger and of the smaller part of labels (N,), drawn class by class.
 
     The smaller gets max(1, round(share · n)) of a class's n images, but never all of them. With `groups` (N,) whole
