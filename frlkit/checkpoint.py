@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from frlkit import KitError, disk, models
-from frlkit.disk import ReadError, exists, not_read, not_written
+from frlkit.disk import ReadError, exists, not_written
 from frlkit.values import first_line
 
 #: Called with every file that was written or, then no longer there, removed; a copy elsewhere follows (`drive.mirror`).
@@ -55,12 +55,6 @@ def digest(state: Any) -> str:
     return total.hexdigest()
 
 
-def nonfinite(state: Mapping[str, Any]) -> str:
-    """Which of a state's weights has NaN or infinity, such as ``model.fc1.weight``; "" where none."""
-    parts = {part: state[part] for part in ("model", "average") if isinstance(state.get(part), Mapping)}
-    return models.nonfinite({f"{part}.{name}": values for part in parts for name, values in parts[part].items()})
-
-
 def write_atomically(path: Path, content: bytes | Iterable[bytes], *, keep: Path | None = None) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename. `keep` is where the old file goes.
 
@@ -87,10 +81,6 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes], *, keep: Path
         if isinstance(error, OSError) and not isinstance(error, KitError):
             raise not_written(path, error) from None
         raise
-    _tell(path)
-
-
-def _tell(path: Path) -> None:
     for follow in followers:
         follow(path)
 
@@ -102,7 +92,8 @@ def remove(path: Path) -> None:
             file.unlink(missing_ok=True)
         except OSError as error:
             raise not_written(file, error) from None
-        _tell(file)
+        for follow in followers:
+            follow(file)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -110,11 +101,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def save(path: Path, state: Mapping[str, Any], *, keep_previous: bool = False) -> None:
-    """Write a state to `path`; with `keep_previous` the file that was there becomes `previous(path)`."""
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state to `path`; the file that was there becomes `previous(path)`."""
     buffer = io.BytesIO()
     torch.save({**state, "digest": digest(state)}, buffer)
-    write_atomically(path, buffer.getvalue(), keep=previous(path) if keep_previous else None)
+    write_atomically(path, buffer.getvalue(), keep=previous(path))
 
 
 def previous(path: Path) -> Path:
@@ -142,12 +133,7 @@ def load_plain(path: Path) -> Any:
 
     Raises `KitError` where it is missing, damaged or something else, `ReadError` where the disk does not give it.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise KitError(f"there is no file {path}: give the path of a file that torch.save wrote") from None
-    except OSError as error:
-        raise not_read(path, error) from None
+    content = disk.content(path, "file", "give the path of a file that torch.save wrote")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on odd pickle protocols: the file is refused or harmless
@@ -171,8 +157,9 @@ def resume(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
             state = read(candidate)
             if "epoch" not in state:
                 raise KitError(f"{candidate} is no checkpoint of a run: it names no epoch to go on from")
-            if name := nonfinite(state):
-                raise KitError(f"{candidate} is of no use: NaN or infinity in {name}")
+            for part in ("model", "average"):
+                if isinstance(weights := state.get(part), Mapping) and (name := models.nonfinite(weights)):
+                    raise KitError(f"{candidate} is of no use: NaN or infinity in {part}.{name}")
         except ReadError:
             raise
         except KitError as error:

@@ -50,6 +50,16 @@ def not_read(path: Path, error: OSError) -> ReadError:
     return ReadError(f"{path} cannot be read ({error.strerror or error}): see to the disk, and run the same again")
 
 
+def content(path: Path, kind: str, fix: str) -> bytes:
+    """A file's bytes. Raises `KitError`, naming its kind and the fix, where there is none, else `ReadError`."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise KitError(f"there is no {kind} {path}: {fix}") from None
+    except OSError as error:
+        raise not_read(path, error) from None
+
+
 def cache() -> Path:
     """The kit's folder in the user's cache. A relative ``XDG_CACHE_HOME`` does not count: its specification says so."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -122,23 +132,23 @@ def claim(path: Path) -> Hold | None:
 
 
 def _wait_for(folder: Path) -> Hold:
-    """The lock of a run's folder, made where it is missing."""
+    """The lock of a run's folder, both made where they are missing. Raises `WriteError` where that fails."""
     waiting, missing = False, 0
     left = _held.get((folder / "run.lock").absolute())
     if left is not None and left.owner == _owner():  # by Ctrl-C at a bad moment: nobody waits for itself
         left.release()
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             if hold := claim(folder / "run.lock"):
                 return hold
             if not waiting:
                 print(f"another process works on {folder}: waiting for it", flush=True)
             waiting = True
-        except FileNotFoundError:  # an empty folder goes with the process that held it: once more
+        except OSError as error:  # an empty folder goes with the process that held it: then once more
             missing += 1
-            if missing > 50:
-                raise
+            if missing > 50 or not isinstance(error, FileNotFoundError):
+                raise not_written(folder, error) from None
         time.sleep(0.1)
 
 
@@ -172,18 +182,19 @@ def only_one(folder: Path) -> Iterator[None]:
 
     Raises `WriteError` where it cannot be held, or for any bare error about a file in it; at the end it is free again.
     """
-    hold, held = None, False
+    hold = None
     try:
         hold = _wait_for(folder)
         sweep_up(folder)
-        held = True
         yield
+    except KitError:
+        raise
     except OSError as error:
-        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else folder
-        of_write = error.filename is None and error.errno in OF_DISKS  # which names no file
-        if isinstance(error, KitError) or (held and not of_write and folder not in path.parents):
-            raise
-        raise not_written(path if held else folder, error) from None
+        named = isinstance(error.filename, (str, bytes, os.PathLike))
+        path = Path(os.fsdecode(error.filename)) if named else folder
+        if folder in path.parents or (error.filename is None and error.errno in OF_DISKS):
+            raise not_written(path, error) from None
+        raise
     finally:
         if hold is not None:
             for _ in range(2):  # left there, it would say that somebody works on a finished run

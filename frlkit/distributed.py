@@ -7,9 +7,8 @@ loss, whatever N. Without torchrun all of this does nothing.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-_alone = False
+_alone = False  # this process works while the others wait for it
 
 
 def start(device: torch.device) -> torch.device:
@@ -47,29 +46,21 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-@contextlib.contextmanager
-def main_alone() -> Iterator[bool]:
-    """Inside, only the main process works (True there), sharing nothing; the others wait for it at the end."""
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield is_main()
-    finally:
-        _alone = before
-    if shared():
-        dist.barrier()
-
-
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, in all of them; an exception there is raised in all of them."""
+    """What `make` returns in the main process, which works alone meanwhile, in all of them; an exception there is
+    raised in all of them."""
+    global _alone
     if not shared():
         return make()
     box: list[object] = [None, None]
     if is_main():
+        _alone = True
         try:
             box[0] = make()
         except Exception as error:
             box[1] = error
+        finally:
+            _alone = False
     dist.broadcast_object_list(box)
     if isinstance(box[1], Exception):
         raise box[1]

@@ -132,16 +132,13 @@ def read_history(path: Path) -> dict[str, Any]:
 
 def read_as(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
     """Read JSON of a schema; raises `KitError` naming the kind of file where it is missing or something else."""
+    content = disk.content(path, kind, "give the path of one")
     try:
-        return schema.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        return schema.validate_python(json.loads(content.decode()))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         reason = f"{place + ': ' if place else ''}{first['msg']}"
-    except FileNotFoundError:
-        raise KitError(f"there is no {kind} {path}: give the path of one") from None
-    except OSError as error:
-        raise disk.not_read(path, error) from None
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
     raise KitError(f"the {kind} {path} cannot be read ({reason}): delete it to have it made again") from None

@@ -10,11 +10,10 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ def run(config: Config, data: Dataset, place: Path) -> nn.Module:
         return _finish(config, own, place)
     with disk.only_one(place) if distributed.is_main() else contextlib.nullcontext():
         if not distributed.from_main(lambda: has_weights(place)):
-            _train(config, own, place, lambda: _starting_model(config, data, place))
+            _train(config, own, place, data)
         return _finish(config, own, place)
 
 
@@ -91,13 +90,14 @@ def has_weights(place: Path) -> bool:
     return disk.exists(place / WEIGHTS)
 
 
-def _train(config: Config, data: Dataset, place: Path, starting_model: Callable[[], nn.Module]) -> None:
-    """Epochs from the newest checkpoint to the last, saving after each; leaves weights and history."""
+def _train(config: Config, data: Dataset, place: Path, whole: Dataset) -> None:
+    """Epochs from the newest checkpoint to the last, saving after each; leaves weights and history. `whole` is the data
+    set before its validation images were set aside, for the run that this one starts from."""
     path = place / "checkpoint.pt"
     own: dict[str, Any] = {"config": described(config), "data_sha256": data.fingerprint, "made_by": []}
     state = distributed.from_main(lambda: checkpoint.resume(path, own["config"]))
     if state is None:
-        progress = training.begin(config, data, starting_model())
+        progress = training.begin(config, data, _starting_model(config, whole, place))
         if progress.start is not None:
             progress.start = {"sha256": checkpoint.digest(dict(progress.model.state_dict())), **progress.start}
     else:
@@ -107,7 +107,7 @@ def _train(config: Config, data: Dataset, place: Path, starting_model: Callable[
     _note_machine(own["made_by"], progress.model, place)
     for _ in training.epochs(progress, lambda batches, epoch: _follow(batches, data, config, epoch, place)):
         if distributed.is_main():
-            checkpoint.save(path, {**own, **progress.plain()}, keep_previous=True)
+            checkpoint.save(path, {**own, **progress.plain()})
     if distributed.is_main():
         start = {} if progress.start is None else {"start": progress.start}
         kept = {**own, **own["made_by"][-1], **start, "epochs": progress.history}
@@ -127,9 +127,8 @@ def refuse_other_images(path: Path, found: Mapping[str, Any], data: Dataset) -> 
 def _note_machine(made_by: list[dict[str, Any]], model: nn.Module, place: Path) -> None:
     """Add what carries the run out, where it changes: bit equality with the straight run needs the same throughout."""
     now = {"kernel": kernels.describe(model), "threads": torch.get_num_threads(), "versions": records.versions()}
-    last = made_by[-1] if made_by else now
-    if last != now and distributed.is_main():
-        changed = ", ".join(f"{key} {last[key]} -> {now[key]}" for key in now if last[key] != now[key])
+    if made_by and made_by[-1] != now and distributed.is_main():
+        changed = ", ".join(f"{key} {last} -> {now[key]}" for key, last in made_by[-1].items() if last != now[key])
         print(f"{place} goes on with {changed}: its result may differ in rounding from a run made with one of them")
     if [now] != made_by[-1:]:
         made_by.append(now)
@@ -171,13 +170,15 @@ def _follow(batches: training.Batches, data: Dataset, config: Config, epoch: int
 
 def _finish(config: Config, data: Dataset, place: Path) -> nn.Module:
     """The trained model, with its record of test errors; the working checkpoints are gone."""
-    with distributed.main_alone() as main:
-        if main:
-            model, about = load(place, config, data.train.labels.device), {"config": described(config)}
-            refuse_other_images(place / "history.json", records.read_history(place / "history.json"), data)
-            records.evaluate(model, data, attacks_on(config), path=place / "record.json", about=about)
-            checkpoint.remove(place / "checkpoint.pt")
-    return model if main else load(place, config, data.train.labels.device)
+
+    def evaluate() -> None:
+        model, about = load(place, config, data.train.labels.device), {"config": described(config)}
+        refuse_other_images(place / "history.json", records.read_history(place / "history.json"), data)
+        records.evaluate(model, data, attacks_on(config), path=place / "record.json", about=about)
+        checkpoint.remove(place / "checkpoint.pt")
+
+    distributed.from_main(evaluate)
+    return load(place, config, data.train.labels.device)
 
 
 def attacks_on(config: Config) -> tuple[Attack, ...]:
@@ -200,18 +201,14 @@ def write_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], 
 def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A finished run's model on the CPU, and its configuration; raises `KitError` where the file is missing, damaged or
     another kind of file."""
+    content = disk.content(path, "file", "train the run first")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            head = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        tensors = safetensors.torch.load(content)
         config, classes = json.loads(head["config"]), int(head["num_classes"])
         model = models.build(config["model"], classes, seed=0)  # the caller's random numbers are left alone
         model.load_state_dict(tensors)
         whole = checkpoint.digest(dict(model.state_dict())) == head["sha256"]
-    except FileNotFoundError:
-        raise KitError(f"there is no file {path}: train the run first") from None
-    except OSError as error:
-        raise disk.not_read(path, error) from None
     except KitError as error:  # such as a network of one's own
         raise KitError(f"{path}: {error}") from None
     except Exception as error:  # a damaged or foreign file can raise anything

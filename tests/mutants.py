@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant("no lock", "disk.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", CHECKPOINT),
     Mutant("a lock on no name", "disk.py", "os.path.samestat(os.fstat(descriptor), os.stat(path))", "True", CHECKPOINT),
     Mutant("what fails to go stays locked", "disk.py", "            hold.release()\n", "", CHECKPOINT),
-    Mutant("NaN weights go on", "checkpoint.py", "if name := nonfinite(state):", "if False:", CHECKPOINT),
+    Mutant("NaN weights go on", "checkpoint.py", "(name := models.nonfinite(weights))", "False", CHECKPOINT),
     Mutant(
         "an unreadable file is damaged", "checkpoint.py", "except ReadError:", "except ZeroDivisionError:", CHECKPOINT
     ),

@@ -88,5 +88,3 @@ def test_alone_everything_is_as_if_it_were_not_there() -> None:
     assert distributed.is_main() and not distributed.shared()
     assert distributed.share_out(lambda rows: x[rows] + 1, x).equal(x + 1)
     assert distributed.from_main(lambda: 5) == 5
-    with distributed.main_alone() as main:
-        assert main
