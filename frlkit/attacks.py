@@ -63,15 +63,14 @@ def pgd(
     range, by name.
     """
     x = x.detach()
-    _check_batch(x, y)
-    _check_settings(steps, random_start, restarts, loss)
+    _check(x, y, steps, random_start, restarts, loss)
     eps, step_size = _per_sample("eps", eps, x), _per_sample("step_size", step_size, x)
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     with evaluating(model):
         _check_labels(model, x, y)
         model = kernels.folded(model)
         targets = outputs(model, x).softmax(1) if loss == "kl" else y
-        best = best_score = None
+        best, best_score = x, x.new_full(y.shape, -math.inf)
         for _ in range(restarts):
             adversarial = _start(x, eps, random_start, generator).clamp(low, high)
             parts = (x, adversarial, targets, eps, step_size, low, high)
@@ -83,11 +82,8 @@ def pgd(
             if restarts == 1:
                 return adversarial
             score = objective(outputs(model, adversarial), targets, "margin" if loss == "ce" else loss)
-            if best is None:
-                best, best_score = adversarial, score
-            else:
-                better = (score > best_score).view(-1, 1, 1, 1)
-                best, best_score = torch.where(better, adversarial, best), torch.maximum(score, best_score)
+            better = (score > best_score).view(-1, 1, 1, 1)
+            best, best_score = torch.where(better, adversarial, best), torch.maximum(score, best_score)
     return best
 
 
@@ -162,7 +158,7 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         return logits(model, x)
 
 
-def _check_batch(x: Tensor, y: Tensor) -> None:
+def _check(x: Tensor, y: Tensor, steps: int, random_start: bool | float | str, restarts: int, loss: str) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise KitError(f"x of shape {tuple(x.shape)}, {x.dtype}: an attack takes floats (N, channels, height, width)")
     if x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
@@ -171,9 +167,6 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
         )
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise KitError(f"y of shape {tuple(y.shape)}, {y.dtype}: give one int64 label for each of the {len(x)} images")
-
-
-def _check_settings(steps: int, random_start: bool | float | str, restarts: int, loss: str) -> None:
     if loss not in LOSSES:
         raise KitError(f"loss = {loss!r} is unknown: use one of {', '.join(LOSSES)}")
     share = isinstance(random_start, (bool, float)) and 0 <= random_start <= 1

@@ -177,9 +177,9 @@ def tally(labels: np.ndarray, clean: np.ndarray, attacked: np.ndarray, classes: 
     counts = np.bincount(labels, minlength=classes)
     if (counts == 0).any():
         raise KitError(f"class {int(counts.argmin())} has no image in this split: its error is undefined")
-    natural = np.bincount(labels[clean != labels], minlength=classes) / counts
-    robust = np.bincount(labels[(clean != labels) | (attacked != labels)], minlength=classes) / counts
+    right = clean == labels
+    stands = right & (attacked == labels)
+    natural, robust = (np.bincount(labels[~sound], minlength=classes) / counts for sound in (right, stands))
     confusion = np.zeros((classes, max(classes, int(attacked.max()) + 1)), dtype=np.int64)
     np.add.at(confusion, (labels, attacked), 1)
-    right = clean == labels
-    return ClassErrors(natural, robust, counts, confusion, right, right & (attacked == labels))
+    return ClassErrors(natural, robust, counts, confusion, right, stands)

@@ -70,13 +70,13 @@ def _fair_loss(
         return natural + config.beta * boundary
     share = math.ceil(config.attacked * len(x))
     adversarial = pgd(model, x[:share], y[:share], eps[:share], step[:share], config.steps, generator=generator)
+    adversarial = torch.cat([adversarial, x[share:]])
     if config.method == "pgd_at":
-        return _weighted_cross_entropy(logits(model, torch.cat([adversarial, x[share:]])), y, balance.weights_bdy)
+        return _weighted_cross_entropy(logits(model, adversarial), y, balance.weights_bdy)
     if config.method == "report_remargin":
         order = torch.randperm(len(x), generator=generator, device=x.device)
-        shuffled = torch.cat([adversarial, x[share:]])[order]
         labels = y if config.unshuffled_labels else y[order]
-        clean, mixed = logits(model, torch.cat([x, shuffled])).chunk(2)
+        clean, mixed = logits(model, torch.cat([x, adversarial[order]])).chunk(2)
         return _weighted_cross_entropy(clean, y, balance.weights_nat) + F.cross_entropy(mixed, labels)
     clean, attacked = logits(model, torch.cat([x, adversarial])).chunk(2)
     natural = _weighted_cross_entropy(clean, y, balance.weights_nat)

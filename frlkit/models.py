@@ -146,29 +146,21 @@ def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-#: Networks by name, as functions of the number of classes. All but LeNet-5 take colour images.
-MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "lenet5": LeNet5,
-    "cnn3": partial(ConvNet, depth=3),
-    "cnn4": partial(ConvNet, depth=4),
-    "preact_resnet18": partial(ResNet, block=PreActivationBlock, blocks=(2, 2, 2, 2)),
-    "preact_resnet18_w16": partial(ResNet, block=PreActivationBlock, blocks=(2, 2, 2, 2), widths=(16, 16, 32, 64, 128)),
-    "resnet18": partial(ResNet, block=BasicBlock, blocks=(2, 2, 2, 2)),
-    "resnet34": partial(ResNet, block=BasicBlock, blocks=(3, 4, 6, 3)),
-    "wrn_28_10": partial(ResNet, block=PreActivationBlock, blocks=(4, 4, 4), widths=(16, 160, 320, 640)),
+_preact, _basic = (partial(ResNet, block=block) for block in (PreActivationBlock, BasicBlock))
+_W16 = (16, 16, 32, 64, 128)
+#: Networks by name, in titles and as functions of the number of classes. All but LeNet-5 take colour images.
+_NETWORKS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
+    "lenet5": ("LeNet-5", LeNet5),
+    "cnn3": ("3-layer CNN", partial(ConvNet, depth=3)),
+    "cnn4": ("4-layer CNN", partial(ConvNet, depth=4)),
+    "preact_resnet18": ("PreAct-ResNet-18", partial(_preact, blocks=(2, 2, 2, 2))),
+    "preact_resnet18_w16": ("PreAct-ResNet-18 of width 16", partial(_preact, blocks=(2, 2, 2, 2), widths=_W16)),
+    "resnet18": ("ResNet-18", partial(_basic, blocks=(2, 2, 2, 2))),
+    "resnet34": ("ResNet-34", partial(_basic, blocks=(3, 4, 6, 3))),
+    "wrn_28_10": ("WRN-28-10", partial(_preact, blocks=(4, 4, 4), widths=(16, 160, 320, 640))),
 }
-
-#: The networks' names in titles.
-TITLES = {
-    "lenet5": "LeNet-5",
-    "cnn3": "3-layer CNN",
-    "cnn4": "4-layer CNN",
-    "preact_resnet18": "PreAct-ResNet-18",
-    "preact_resnet18_w16": "PreAct-ResNet-18 of width 16",
-    "resnet18": "ResNet-18",
-    "resnet34": "ResNet-34",
-    "wrn_28_10": "WRN-28-10",
-}
+TITLES = {name: title for name, (title, _) in _NETWORKS.items()}
+MODELS = {name: network for name, (_, network) in _NETWORKS.items()}
 _lent: dict[str, nn.Module] = {}
 
 

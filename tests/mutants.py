@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant("one stream for every key", "evaluation.py", "SeedSequence(keys)", "SeedSequence(keys[:1])", EVALUATION),
     Mutant(
         "robust error without the natural one",
-        *("evaluation.py", "(clean != labels) | (attacked != labels)", "attacked != labels", EVALUATION),
+        *("evaluation.py", "stands = right & (attacked == labels)", "stands = attacked == labels", EVALUATION),
     ),
     Mutant(
         "confusion transposed",
