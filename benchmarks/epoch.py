@@ -80,7 +80,8 @@ def train_one_epoch(
 ) -> None:
     optimizer, images = torch.optim.Adam(model.parameters(), lr=config.lr), Dataset("", (), split, split, split)
     run = training.Progress(config, images, model, optimizer, None)
-    training.mean_loss(training.train_epoch(run, balance=balance), 0)
+    for _ in training.train_epoch(run, balance=balance):
+        pass
 
 
 def train_with_kit(model: nn.Module, split: Split, steps: int, share: float) -> None:

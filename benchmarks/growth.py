@@ -34,7 +34,8 @@ def epoch(images: int = SLICE, batch_size: int = 100, steps: int = 10) -> Callab
     run = training.begin(config, Dataset("random", tuple("0123456789"), split, split, split), model)
 
     def work() -> None:
-        training.mean_loss(training.train_epoch(run), 0)
+        for _ in training.train_epoch(run):
+            pass
 
     return work
 

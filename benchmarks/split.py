@@ -42,7 +42,8 @@ def trained(recipe: str, split: Split, epochs: int) -> nn.Module:
     images = data.Dataset("gtsrb", tuple(map(str, range(int(split.classes or 0)))), split, split, split)
     run = training.Progress(config, images, model, torch.optim.Adam(model.parameters(), lr=config.lr), None)
     for run.epoch in range(epochs):
-        training.mean_loss(training.train_epoch(run), run.epoch)
+        for _ in training.train_epoch(run):
+            pass
     return model
 
 

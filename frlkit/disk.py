@@ -10,7 +10,6 @@ import contextlib
 import errno
 import glob
 import os
-import re
 import threading
 import time
 import warnings
@@ -26,7 +25,7 @@ except ImportError:  # Windows
     import msvcrt
 
 OF_DISKS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENOTCONN}  # if no file is named
-DRAFT = re.compile(r".+\.[0-9a-f]{8}\.tmp")  # the name of a file that is being written
+DRAFT = f".{'[0-9a-f]' * 8}.tmp"  # how the name of a file that is being written ends
 
 _held: dict[Path, Hold] = {}  # what this process has locked
 
@@ -154,9 +153,8 @@ def _wait_for(folder: Path) -> Hold:
 
 def _litter(folder: Path, name: str = "") -> list[Path]:
     """Temporary files of writes, of one file or of all in a folder."""
-    pattern = f"{glob.escape(name) if name else '*'}.????????.tmp"
     try:
-        return [file for file in folder.glob(pattern) if DRAFT.fullmatch(file.name)]
+        return list(folder.glob((glob.escape(name) or "?*") + DRAFT))
     except OSError as error:
         raise not_read(folder, error) from None
 

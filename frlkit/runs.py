@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training, watched
+from frlkit import KitError, __version__, checkpoint, disk, distributed, kernels, models, records, training
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
 from frlkit.recipes import OWN, Config, FairConfig, described, spelled, start_of
@@ -105,7 +103,8 @@ def _train(config: Config, data: Dataset, place: Path, whole: Dataset) -> None:
         progress = training.resume(config, data, state)
         own["made_by"] += state.get("made_by", [])
     _note_machine(own["made_by"], progress.model, place)
-    for _ in training.epochs(progress, lambda batches, epoch: _follow(batches, data, config, epoch, place)):
+    progress.title = "/".join(place.parts[-3:])  # DATASET/RECIPE/seedN
+    for _ in training.epochs(progress):
         if distributed.is_main():
             checkpoint.save(path, {**own, **progress.plain()})
     if distributed.is_main():
@@ -144,28 +143,6 @@ def _starting_model(config: Config, data: Dataset, place: Path) -> nn.Module:
     if wanted.startswith(OWN) and wanted != (found := own_start(model)):
         raise KitError(f"{place} starts from {wanted} and the weights of {config.model} are {found}: bring those")
     return model
-
-
-def _follow(batches: training.Batches, data: Dataset, config: Config, epoch: int, place: Path) -> float:
-    """Run an epoch, with a progress bar where someone watches, one line where not; returns the mean loss."""
-    title = f"{'/'.join(place.parts[-3:])} epoch {epoch + 1}/{config.epochs}"  # DATASET/RECIPE/seedN
-    images, began = len(data.train), time.perf_counter()
-    shown = watched() and distributed.is_main()
-    with tqdm(total=images, desc=title, unit="img", leave=False, disable=not shown) as bar:
-
-        def seen() -> training.Batches:
-            for count, value in batches:
-                yield count, value
-                bar.update(count)
-                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-
-        mean = training.mean_loss(seen(), epoch)
-    if not watched() and distributed.is_main():
-        memory = ""
-        if data.train.labels.is_cuda:
-            memory = f", peak memory {torch.cuda.max_memory_allocated(data.train.labels.device) / 2**30:.1f} GiB"
-        print(f"{title}: loss {mean:.4f}, {images / (time.perf_counter() - began):,.0f} images/s{memory}", flush=True)
-    return mean
 
 
 def _finish(config: Config, data: Dataset, place: Path) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm.auto import tqdm
 
-from frlkit import KitError, distributed, evaluation, fairness, interval, models
+from frlkit import KitError, distributed, evaluation, fairness, interval, models, watched
 from frlkit.attacks import outputs
 from frlkit.data import Dataset, Split, augmented
 from frlkit.evaluation import STANDARD, Attack, stream
@@ -49,6 +50,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     multipliers: fairness.State | None = None  # of a retraining run
     start: dict[str, Any] | None = None  # its errors on the validation split before the first epoch
+    title: str = "training"  # of its progress bars and lines
 
     @property
     def result(self) -> nn.Module:
@@ -107,22 +109,14 @@ def fresh_model(config: Config, data: Dataset) -> nn.Module:
     return models.place(model, data.train.labels.device)
 
 
-def mean_loss(batches: Batches, epoch: int) -> float:
-    """Run an epoch and return its mean loss over the images."""
-    total, seen = 0.0, 0
-    for images, value in batches:
-        total, seen = total + images * value, seen + images
-    return total / seen
-
-
-def epochs(run: Progress, follow: Callable[[Batches, int], float] = mean_loss) -> Iterator[Progress]:
-    """Train to the run's last epoch, yielding it after each; `follow` reads an epoch's batches, such as with a bar.
+def epochs(run: Progress) -> Iterator[Progress]:
+    """Train to the run's last epoch, yielding it after each.
 
     Raises `TrainingDivergedError` where the loss or a weight is no longer finite: before that epoch is yielded.
     """
     for epoch in range(run.epoch, run.config.epochs):
         began = time.perf_counter()
-        entry: dict[str, Any] = {"lr": learning_rate(run.config, epoch), "loss": follow(_epoch(run), epoch)}
+        entry: dict[str, Any] = {"lr": learning_rate(run.config, epoch), "loss": _mean_loss(run)}
         _refuse_nonfinite(run)
         entry["seconds"] = round(time.perf_counter() - began, 2)
         entry["validation"] = _validation_errors(run)
@@ -131,6 +125,25 @@ def epochs(run: Progress, follow: Callable[[Batches, int], float] = mean_loss) -
             entry |= {name: values.tolist() for name, values in balance._asdict().items()}
         run.epoch, run.history = epoch + 1, [*run.history, entry]
         yield run
+
+
+def _mean_loss(run: Progress) -> float:
+    """Train an epoch, with a progress bar where someone watches, one line where not; returns its mean loss over the
+    images."""
+    title, labels = f"{run.title} epoch {run.epoch + 1}/{run.config.epochs}", run.data.train.labels
+    began, total, seen = time.perf_counter(), 0.0, 0
+    shown = watched() and distributed.is_main()
+    with tqdm(total=len(labels), desc=title, unit="img", leave=False, disable=not shown) as bar:
+        for images, value in _epoch(run):
+            total, seen = total + images * value, seen + images
+            bar.update(images)
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+    if not watched() and distributed.is_main():
+        speed, memory = len(labels) / (time.perf_counter() - began), ""
+        if labels.is_cuda:
+            memory = f", peak memory {torch.cuda.max_memory_allocated(labels.device) / 2**30:.1f} GiB"
+        print(f"{title}: loss {total / seen:.4f}, {speed:,.0f} images/s{memory}", flush=True)
+    return total / seen
 
 
 def _refuse_nonfinite(run: Progress) -> None:

@@ -43,7 +43,7 @@ def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard attacks with two steps: their strength is not what is tested here."""
     quick = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
     monkeypatch.setattr(records, "standard", lambda dataset, **_: quick)
-    monkeypatch.setattr(runs, "watched", lambda: False)
+    monkeypatch.setattr(training, "watched", lambda: False)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def quick() -> Iterator[None]:
     attacks = tuple(replace(attack, steps=2) for attack in evaluation.STANDARD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "standard", lambda dataset, **_: attacks)
-        patch.setattr(runs, "watched", lambda: False)
+        patch.setattr(training, "watched", lambda: False)
         yield
 
 

@@ -63,7 +63,7 @@ def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "watched", lambda: False)
+    monkeypatch.setattr(training, "watched", lambda: False)
 
 
 def without_seconds(history: dict[str, Any]) -> dict[str, Any]:
@@ -647,7 +647,7 @@ class TestProgress:
     def test_a_bar_and_no_lines_where_someone_does(
         self, tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(runs, "watched", lambda: True)
+        monkeypatch.setattr(training, "watched", lambda: True)
         runs.run(RUNS["natural"], tiny, tmp_path)
         out, err = capfd.readouterr()
         assert out == ""
