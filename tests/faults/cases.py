@@ -105,7 +105,8 @@ def spoil(path: Path, how: str) -> None:
             state = {"config": state["config"], "num_classes": 10, "model": state["model"]}
         else:  # "NaN weights", whole and of the right make
             state["model"]["fc1.bias"][3] = torch.nan
-        checkpoint.save(path, state)
+        checkpoint.save(path.with_name("spoilt"), state)  # as `path` the generation before it would be this one
+        os.replace(path.with_name("spoilt"), path)
 
 
 def damaged(stage: Stage, name: str, runs: Path, *, how: str, both: bool = False) -> int:
