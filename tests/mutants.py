@@ -83,8 +83,8 @@ MUTANTS = [
         "natural and boundary weights swapped",
         *(
             "fairness.py",
-            "weights(state.phi_nat), weights(state.phi_bdy)",
-            "weights(state.phi_bdy), weights(state.phi_nat)",
+            "weights(natural), weights(state.phi_bdy)",
+            "weights(state.phi_bdy), weights(natural)",
         ),
         FAIRNESS,
     ),
