@@ -131,8 +131,7 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
     The clean image lies in the ball, so a sample that is wrong clean counts as wrong attacked too, and is not attacked.
     Raises `KitError` where a class has no image or the network has too few outputs for the labels.
     """
-    labels, clean, attacked = predictions(model, split, attack)
-    return tally(labels, clean, np.where(clean == labels, attacked, clean), split.classes)
+    return tally(*predictions(model, split, attack), split.classes)
 
 
 def changed(model: nn.Module, split: Split, attack: Attack) -> np.ndarray:
@@ -147,7 +146,8 @@ def predictions(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, and predicted classes clean and under attack, (N,) each, `most` images at a time (`batches`).
 
-    In float32, whatever the model was trained with. Without `wrong_too`, images that are wrong clean are not attacked.
+    In float32, whatever the model was trained with. Without `wrong_too`, images that are wrong clean are not attacked:
+    their prediction stays.
     """
     if not len(split):
         raise KitError("the split has no images: its errors are undefined")
@@ -155,7 +155,7 @@ def predictions(
         parts = _attacked(model, split, attack, wrong_too, most)
         found = [(y, clean, predict(model, adversarial)) for y, clean, adversarial in parts]
     labels, clean, attacked = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-    return labels, clean, attacked
+    return labels, clean, attacked if wrong_too else np.where(clean == labels, attacked, clean)
 
 
 def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:

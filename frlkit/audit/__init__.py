@@ -88,7 +88,7 @@ def audit(
         print(f"doubtful: {sentence}", file=sys.stderr)
     few = BATCH if affordable(model, test, 2e10, 1, 1, BATCH) == BATCH else BATCH // 10  # gradients fill the memory
     labels, clean, attacked = predictions(model, test, attack, False, few)
-    errors = tally(labels, clean, np.where(clean == labels, attacked, clean), classes)
+    errors = tally(labels, clean, attacked, classes)
     found: dict[str, Any] = {
         "dataset": images.name,
         "class_names": list(images.class_names),
