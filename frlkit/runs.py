@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -178,14 +179,18 @@ def write_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], 
 def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A finished run's model on the CPU, and its configuration; raises `KitError` where the file is missing, damaged or
     another kind of file."""
-    content = disk.content(path, "file", "train the run first")
     try:
-        head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        tensors = safetensors.torch.load(content)
+        with safetensors.safe_open(path, framework="pt") as file:
+            head = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         config, classes = json.loads(head["config"]), int(head["num_classes"])
         model = models.build(config["model"], classes, seed=0)  # the caller's random numbers are left alone
         model.load_state_dict(tensors)
         whole = checkpoint.digest(dict(model.state_dict())) == head["sha256"]
+    except FileNotFoundError:
+        raise KitError(f"there is no file {path}: train the run first") from None
+    except OSError as error:
+        raise disk.not_read(path, error) from None
     except KitError as error:  # such as a network of one's own
         raise KitError(f"{path}: {error}") from None
     except Exception as error:  # a damaged or foreign file can raise anything
