@@ -24,7 +24,7 @@ import frlkit
 from frlkit.report import card, claims, pages
 
 NOTEBOOKS = frlkit.PROJECT / "notebooks"
-THEORY, REWEIGHT, OWN = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03", "06"))
+THEORY, COMBINED, OWN = (next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "05", "06"))
 MINUTE = 60_000  # milliseconds, as Playwright counts
 ERRORS = '[data-mime-type="application/vnd.jupyter.stderr"]'  # how JupyterLab shows exceptions, and stderr
 # Whether every code cell has its number, or one has failed (those after it then wait no longer).
@@ -149,7 +149,7 @@ def run_all(page: Any, lab: Lab, name: str) -> None:
     ("source", "words"),
     [
         (THEORY, ["-p", "FIGURES", "figures"]),  # its defaults, except that the project's figures stay as they are
-        (REWEIGHT, ["-f", str(NOTEBOOKS / "profiles" / "smoke.yaml")]),
+        (COMBINED, ["-f", str(NOTEBOOKS / "profiles" / "smoke.yaml")]),
         (OWN, ["-f", str(NOTEBOOKS / "profiles" / "smoke.yaml")]),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else "",

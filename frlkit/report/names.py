@@ -92,6 +92,14 @@ def edition(recipe: str) -> str:
     return recipe + _SHORT.get(recipe.split(",")[0], "")
 
 
+def lasting(recipe: str, epochs: int) -> str:
+    """A recipe in the first edition's length, in so many epochs instead; 0, and any other recipe: as it is."""
+    short = _SHORT.get(recipe.split(",")[0])
+    if not epochs or short is None or not recipe.endswith(short):
+        return recipe
+    return recipe.removesuffix(short) + short.replace("epochs=8", f"epochs={epochs}")
+
+
 TITLES: dict[str, str] = {edition(recipe): name for name, recipe in METHODS.items()}
 
 #: Title -> the title of its control: the same loop, start and length without what the method adds.

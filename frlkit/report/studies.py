@@ -11,7 +11,7 @@ import numpy as np
 from frlkit import KitError, checkpoint, models, records, runs
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import Attack
-from frlkit.recipes import BASE, FAIR, RECIPES, configure, described
+from frlkit.recipes import BASE, FAIR, RECIPES, Config, configure, described
 from frlkit.report import names
 
 Records = dict[str, list[dict[str, Any]]]  # recipe -> one per seed
@@ -30,6 +30,13 @@ def values(recipe: str, epochs: int, frl_epochs: int, batch_size: int, model: st
     given = {"epochs": frl_epochs} if frl_epochs else {}
     start = (frl_epochs or RECIPES[begins].values["epochs"]) if begins in FAIR else epochs
     return {**given, "start_epochs": start, **shared}
+
+
+def _run(recipe: str, dataset: str, seed: int, folder: Path, **lengths: Any) -> tuple[Config, Path]:
+    """A run's configuration and its folder; a length that was asked for wins over the first edition's."""
+    recipe = names.lasting(recipe, lengths["frl_epochs"])
+    config = configure(recipe, dataset, seed, **values(recipe, **lengths))
+    return config, runs.folder(folder, recipe, config)
 
 
 def study(
@@ -56,8 +63,7 @@ def study(
         return found, histories
     for recipe in map(names.recipe, titles):
         for seed in seeds:
-            config = configure(recipe, dataset, seed, **values(recipe, **lengths))
-            place = runs.folder(folder, recipe, config)
+            config, place = _run(recipe, dataset, seed, folder, **lengths)
             runs.run(config, tensors, place)
             record, history = _results(place)
             for result in (record, history):
@@ -83,8 +89,8 @@ def finished(
     for recipe in map(names.recipe, titles):
         for seed in seeds:
             try:
-                config = configure(recipe, dataset, seed, **values(recipe, **lengths))
-                record, history = _results(runs.folder(folder, recipe, config))
+                config, place = _run(recipe, dataset, seed, folder, **lengths)
+                record, history = _results(place)
             except KitError:
                 continue
             if record.get("config") == history.get("config") == described(config):
@@ -106,7 +112,7 @@ def outcomes(
         kept.append({})
         for record in found.get(recipe, []):
             seed = record["config"]["seed"]
-            place = runs.folder(folder, recipe, configure(recipe, dataset, seed, **values(recipe, **lengths)))
+            _, place = _run(recipe, dataset, seed, folder, **lengths)
             right = records.outcomes(place / records.OUTCOMES, record["weights_sha256"])
             if attack in right:
                 kept[-1][seed] = right[attack]
@@ -118,8 +124,8 @@ def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengt
     """Attack the first seed's weights again, here and now, with `standard`'s attacks: the largest class-wise difference
     from the record."""
     record = found[recipe][0]
-    config = configure(recipe, tensors.name, record["config"]["seed"], **values(recipe, **lengths))
-    model = runs.load(runs.folder(folder, recipe, config), config, tensors.test.labels.device)
+    config, place = _run(recipe, tensors.name, record["config"]["seed"], folder, **lengths)
+    model = runs.load(place, config, tensors.test.labels.device)
     again = records.evaluate(model, tensors)
     compared = [entry_of(record, entry["attack"]["eps_255"]) for entry in again["attacks"]]
     return largest_difference({**record, "attacks": compared}, again)
