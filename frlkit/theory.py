@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from scipy.optimize import minimize
 from scipy.special import expit, exprel, log_ndtr, ndtr
 
 from frlkit import KitError
+from frlkit.values import checked
 
 Pair = tuple[float, float]  # class -1, class +1
+RADIUS = "a finite radius of at least 0, in feature units"
 TIGHT = {"ftol": 1e-15, "gtol": 1e-9}
 
 
@@ -31,35 +35,25 @@ def _need(ok: bool, name: str, value: object, allowed: str) -> None:
         raise KitError(f"{name} = {value!r} is not allowed: use {allowed}")
 
 
-def _finite(value: object, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
+@checked
 class GaussianTask:
     """The paper's Eq. (1). Arguments outside the ranges below raise `KitError`."""
 
-    m: int  # robust features, at least 1
-    d: int  # non-robust features, 0 or more
+    m: Annotated[int, Field(ge=1)]  # robust features
+    d: Annotated[int, Field(ge=0)]  # non-robust features
     gamma: float  # mean of a robust feature, in feature units
-    eta: float  # mean of a non-robust feature: gamma > eta >= 0
-    sigma: float  # standard deviation of class -1, above 0, in feature units
-    K: float  # that of class +1 is so many times larger: at least 1
-    prior: float = 0.5  # P(y=+1), strictly between 0 and 1; the paper's theorems have 1/2
+    eta: Annotated[float, Field(ge=0)]  # mean of a non-robust feature, below gamma
+    sigma: Annotated[float, Field(gt=0)]  # standard deviation of class -1, in feature units
+    K: Annotated[float, Field(ge=1)]  # that of class +1 is so many times larger
+    prior: Annotated[float, Field(gt=0, lt=1)] = 0.5  # P(y=+1); the paper's theorems have 1/2
 
     def __post_init__(self) -> None:
-        _need(_finite(self.m, Integral) and self.m >= 1, "m", self.m, "a whole number of features, at least 1")
-        _need(_finite(self.d, Integral) and self.d >= 0, "d", self.d, "a whole number of features, 0 or more")
-        _need(_finite(self.eta) and self.eta >= 0, "eta", self.eta, "a finite mean of at least 0 (flip the features)")
-        _need(_finite(self.gamma) and self.gamma > self.eta, "gamma", self.gamma, f"a mean above eta = {self.eta!r}")
-        _need(_finite(self.sigma) and self.sigma > 0, "sigma", self.sigma, "a finite standard deviation above 0")
-        _need(_finite(self.K) and self.K >= 1, "K", self.K, "a finite ratio of at least 1 (or swap the two classes)")
-        _need(_finite(self.prior) and 0 < self.prior < 1, "prior", self.prior, "a probability strictly between 0 and 1")
+        _need(self.gamma > self.eta, "gamma", self.gamma, f"a mean above eta = {self.eta!r}")
 
     @property
     def theta(self) -> np.ndarray:
         """The mean of class +1, shape (m + d,)."""
-        return np.repeat([float(self.gamma), float(self.eta)], [self.m, self.d])
+        return np.repeat([self.gamma, self.eta], [self.m, self.d])
 
     def natural(self) -> LinearRule:
         """The minimiser of the natural error (Theorem 1, Lemma 1): weights in the ratio γ:η, ‖w‖₂ = 1."""
@@ -73,7 +67,7 @@ class GaussianTask:
         the limit from below, are returned. A constant answer can win: see `intercept`. Weights of the classes act as
         prior odds do: the optimum with K times the weight on class +1's robust error is that at prior K/(K+1).
         """
-        _need(_finite(eps) and eps >= 0, "eps", eps, "a finite radius of at least 0, in feature units")
+        _need(isinstance(eps, Real) and 0 <= eps < math.inf, "eps", eps, RADIUS)
         w = np.maximum(self.theta - eps, 0.0)
         if eps >= self.gamma:
             w[: 1 if eps > self.gamma else self.m] = 1.0
@@ -130,7 +124,7 @@ class LinearRule:
 
     def scores(self, eps0: float = 0.0) -> np.ndarray:
         """The z-scores (class -1, class +1) at test radius `eps0` whose Φ are the errors; the theorems' Z."""
-        _need(_finite(eps0) and eps0 >= 0, "eps0", eps0, "a finite radius of at least 0, in feature units")
+        _need(isinstance(eps0, Real) and 0 <= eps0 < math.inf, "eps0", eps0, RADIUS)
         reach = self.tau * eps0 - self.S
         return np.array([self.c + reach, -self.c + reach]) / [self.task.sigma, self.task.K * self.task.sigma]
 
@@ -204,14 +198,19 @@ def penalised(task: GaussianTask, eps: float, phi_nat: Pair, phi_bdy: Pair = (0.
     _need(all(0 <= phi < math.inf for phi in phis), "(*phi_nat, *phi_bdy)", phis, "finite multipliers of at least 0")
     shares, nat, bdy = np.array([1 - task.prior, task.prior]), np.array(phi_nat), np.array(phi_bdy)
 
-    def risk(p: np.ndarray) -> float:
-        natural, robust = (ndtr(-np.divide(*_margins(task, p, e))) for e in (0.0, eps))
-        return float(shares @ ((1 + nat) * natural + (1 + bdy) * (robust - natural)))
+    def risk(p: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = 0.0, np.zeros(3)
+        for e, weights in ((0.0, shares * (nat - bdy)), (eps, shares * (1 + bdy))):
+            means, spreads, sides, slopes = _margins(task, p, e)
+            z = -means / spreads
+            pull = -weights * np.exp(-z * z / 2) / (math.sqrt(2 * math.pi) * spreads)  # the slope in each mean
+            value, slope = value + weights @ ndtr(z), slope + pull @ sides + pull * z @ slopes
+        return value, slope
 
     rules = [rule.levelled(e) for rule in (task.natural(), task.robust(eps)) for e in (0.0, eps)]
     starts = [[1.0, rule.w[-1] / rule.w[0] if task.d else 0.0, rule.b / rule.w[0]] for rule in rules]
     bounds = [(1, 1), (0, 1 if task.d else 0), (None, None)]
-    found = (minimize(risk, start, jac="3-point", bounds=bounds, options=TIGHT) for start in starts)
+    found = (minimize(risk, start, jac=True, bounds=bounds, options=TIGHT) for start in starts)
     best = min(found, key=lambda result: result.fun)
     rule = LinearRule(task, np.repeat(best.x[:2], [task.m, task.d]), float(best.x[2]))
     low, high = shares * (1 + nat)  # what always answering +1, always answering -1 cost; a huge b is no better
@@ -279,22 +278,22 @@ def logistic_limit(task: GaussianTask, eps: float) -> LinearRule:
     """The minimiser of the expected robust logistic loss (convex, so two weights and b do): `train`, unlimited data."""
     z = np.linspace(-9, 9, 361)
     density = np.exp(-z * z / 2) / np.exp(-z * z / 2).sum()
-    shares, count = np.array([1 - task.prior, task.prior]), np.array([task.m, task.d])
+    shares = np.array([1 - task.prior, task.prior])
 
     def risk(p: np.ndarray) -> tuple[float, np.ndarray]:
-        means, spreads = _margins(task, p, eps)
+        means, spreads, sides, slopes = _margins(task, p, eps)
         t = means + np.outer(z, spreads)
         pull = -density[:, None] * expit(-t) * shares  # the slope in each margin
-        weights = pull.sum() * count * (np.array([task.gamma, task.eta]) - eps)
-        weights += z @ pull @ spreads * count * p[:2] / max(count @ p[:2] ** 2, math.ulp(0.0))
-        return float(density @ np.logaddexp(0, -t) @ shares), np.append(weights, pull.sum(0) @ [-1, 1])
+        return float(density @ np.logaddexp(0, -t) @ shares), pull.sum(0) @ sides + z @ pull @ slopes
 
     p = minimize(risk, [0.1, 0.0, 0.0], jac=True, bounds=[(0, None), (0, None), (None, None)], options=TIGHT).x
     return LinearRule(task, np.repeat(p[:2], [task.m, task.d]), float(p[2]))
 
 
-def _margins(task: GaussianTask, p: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """Means and sds of the classes' attacked margins; p = (weight of robust, of non-robust features, both >= 0; b)."""
-    count = np.array([task.m, task.d])
-    center = count @ (p[:2] * np.array([task.gamma - eps, task.eta - eps]))
-    return center + np.array([-p[2], p[2]]), math.sqrt(count @ p[:2] ** 2) * task.sigma * np.array([1, task.K])
+def _margins(task: GaussianTask, p: np.ndarray, eps: float) -> tuple[np.ndarray, ...]:
+    """Means and sds of the classes' attacked margins, their slopes in p = (weight of robust, of other features; b)."""
+    reach = np.array([task.m, task.d]) * [task.gamma - eps, task.eta - eps]
+    own, square = task.sigma * np.array([1, task.K]), np.array([task.m, task.d]) * p[:2]
+    norm = math.sqrt(square @ p[:2])
+    sides = np.array([[*reach, -1.0], [*reach, 1.0]])
+    return sides @ p, norm * own, sides, np.outer(own, [*square / max(norm, math.ulp(0.0)), 0.0])
