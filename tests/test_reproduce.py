@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import nbformat
+import papermill
 import pytest
 import yaml
 
@@ -167,6 +168,15 @@ def test_runs_once_then_skips_and_reruns_what_changed(
     for source in (*reproduce.NOTEBOOKS.glob("0[125]_*.ipynb"), reproduce.NOTEBOOKS / "profiles"):
         (folder / source.name).symlink_to(source)  # the others run alone, in test_notebooks.py
     monkeypatch.setattr(reproduce, "NOTEBOOKS", folder)
+    execute = papermill.execute_notebook
+
+    def execute_what_differs(source: Path, target: Path, *values: Any, **options: Any) -> None:
+        if source.name.startswith("02_"):  # needs no data and no runs: as it is shipped, which nbval has seen to
+            shutil.copyfile(source, target)
+        else:
+            execute(source, target, *values, **options)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_what_differs)
     text = reproduce.reproduce("digits", output)
     said = capfd.readouterr()
     assert said.err == ""  # no warning that nobody can do anything about
