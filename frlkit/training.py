@@ -162,7 +162,10 @@ def _refuse_nonfinite(run: Progress) -> None:
 
 def _validation_errors(run: Progress) -> dict[str, Any]:
     """Class-wise natural and robust errors on the validation split, as the history keeps them."""
-    attack = STANDARD[0] if run.multipliers is not None else Attack(run.config.eps_255, run.config.step_255, steps=10)
+    config = run.config
+    attack = Attack(config.eps_255, config.step_255, steps=10)
+    if isinstance(config, FairConfig):  # what steers the run, unless that is measured on images drawn anew
+        attack = STANDARD[0] if config.update_images else Attack(config.measure_255)
     errors = evaluation.class_errors(run.result, run.data.validation, attack)
     return {"natural": errors.natural.tolist(), "robust": errors.robust.tolist()}
 
@@ -218,7 +221,7 @@ def _next_multipliers(run: Progress, part: int) -> fairness.State:
             boundary = evaluation.changed(run.result, split, attack)
         else:
             boundary = interval.class_errors(run.result, split, attack.eps_255 / 255) - natural
-    elif split is run.data.validation and attack == STANDARD[0] and part == 0:  # measured when the epoch ended
+    elif not config.update_images and part == 0:  # measured when the epoch ended
         known = (run.history[-1] if run.history else run.start)["validation"]
         natural, boundary = np.array(known["natural"]), np.subtract(known["robust"], known["natural"])
     else:

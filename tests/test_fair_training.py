@@ -659,9 +659,10 @@ class TestMeasuring:
             ("algorithm1_both", 4, {8.0}),  # at the start and after every epoch
             ("official_both,updates=5", 4 + 3 * 4, {8.0}),  # and before every part but the first
             # before every part clean errors, and predictions that change at its own radius
-            ("report_reweight,start=pgd_at,validation=0.1,update_images=0,updates=4", 4 + 3 * 4 * 2, {0.0, 8.0, 16.0}),
+            ("report_reweight,start=pgd_at,validation=0.1,update_images=0,updates=4", 4 + 3 * 4 * 2, {0.0, 16.0}),
             ("dafa", 5, {8.0}),
-            ("uniform,measure_255=12", 4 + 3, {8.0, 12.0}),
+            ("uniform,measure_255=12", 4, {12.0}),  # what the history has is what steers
+            ("uniform,measure_255=12,update_images=25", 4 + 3, {8.0, 12.0}),  # which drawn images do here
         ],
     )
     def test_training_and_measuring_share_no_image(
