@@ -191,15 +191,17 @@ _LONG = {"optimizer": "sgd", "weight_decay": 5e-4, "lr_divide": 10.0, "lr_every"
 _COLOUR = {"model": "preact_resnet18", **_LONG, "precision": "bf16"}
 _SIGNS = {**_WIDE, "precision": "bf16"}
 _FEW = {**_WIDE, "steps": 5}
+_QUARTER = {**_LONG, "augment": "crop_flip", "steps": 2, "step_255": 5.0}
 #: What a data set asks for, beneath a recipe's own fields; from nothing, and when a finished run is retrained.
 #:
 #: CIFAR-10 and SVHN have the paper's schedule: SGD, momentum 0.9, weight decay 5e-4, the rate divided by 10 after 40 %
 #: and 80 % of the epochs; retraining begins at 0.001, as in the authors' code. GTSRB's plain CNNs are trained as the
-#: preliminary study's LeNet-5, at the paper's 12/255. Training is in bf16; the 17 classes' in float32 and with five
-#: attack steps where no recipe asks for others, so that any two cores can make those runs. Epochs, batch size:
-#: ``notebooks/profiles``.
+#: preliminary study's LeNet-5, at the paper's 12/255. Training is in bf16. What two cores without a GPU are to make is
+#: in float32 and has fewer attack steps where no recipe asks for a number: the 17 classes five, CIFAR-10's network of a
+#: quarter of the width two of 5/255. Epochs, batch size: ``notebooks/profiles``.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cifar10": ({**_COLOUR, "lr": 0.1, "augment": "crop_flip"}, {**_COLOUR, "lr": 1e-3, "augment": "crop_flip"}),
+    "cifar10, preact_resnet18_w16": ({**_QUARTER, "lr": 0.1}, {**_QUARTER, "lr": 1e-3}),
     "svhn": ({**_COLOUR, "lr": 0.01}, {**_COLOUR, "lr": 1e-3}),
     "gtsrb": ({**_SIGNS, "model": "cnn3"}, {**_SIGNS, "model": "cnn3", "measure_255": 12.0}),
     "gtsrb17": ({**_FEW, "model": "cnn4"}, {**_FEW, "model": "cnn4", "measure_255": 12.0}),
@@ -220,8 +222,9 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     kind, known = FairConfig if name in FAIR else Config, _fields(name)
     if unknown := set(values) - set(known):
         raise KitError(f"{min(unknown)!r} is no field of a run of {name}: use {', '.join(known)}")
-    asked = SETTINGS.get(check_name(dataset).partition(":")[0], ({}, {}))[kind is FairConfig]
-    epochs = {"epochs": Config.epochs, **values, **varied}["epochs"]
+    place, given = check_name(dataset).partition(":")[0], {"epochs": Config.epochs, **values, **varied}
+    small = f"{place}, {given.get('model')}"
+    asked, epochs = SETTINGS.get(small, SETTINGS.get(place, ({}, {})))[kind is FairConfig], given["epochs"]
     if kind is Config and "lr_every" in asked and isinstance(epochs, int):  # a shorter run has the same schedule
         asked = {**asked, "lr_every": max(1, round(asked["lr_every"] * epochs / 100))}
     made = {**asked, **RECIPES[name].values, **values, **varied, "dataset": dataset, "seed": seed}
