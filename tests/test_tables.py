@@ -77,6 +77,11 @@ class TestSigns:
         both = tables.tidy({"pgd_at": [more], "natural": [self.SIGN]})
         assert set(both["measure"]) == set(tables.MEASURES)
 
+    def test_caption_names_fewer_attack_steps(self) -> None:
+        for steps, words in ((2, ", 2 attack steps in training"), (10, ""), (20, "")):
+            trained = {**self.SIGN, "config": {"steps": steps}}
+            assert tables.note("signs", "a CNN", trained) == f"signs, a CNN{words}; 40 test images"
+
     def test_sizes_and_caption_name_the_training_images_where_they_are_known(self) -> None:
         known = {**self.SIGN, "training_counts": [1300, 200]}
         assert tables.sizes({"natural": [known]}, "natural").loc[3].to_dict() == {"Stop": 1300, "Yield": 200}

@@ -70,10 +70,12 @@ def _more_radii(records: Records) -> tuple[int, ...]:
 def note(source: str, network: str, record: Mapping[str, Any]) -> str:
     """What stands behind a figure's title: data set, network, images to train (where the record has them) and to test.
 
-    GTSRB has 26,640 images to train where torchvision downloaded it and 39,209 in full: no number stands without it.
+    GTSRB has 26,640 images to train where torchvision downloaded it and 39,209 in full. Fewer attack steps than ten
+    are said, too.
     """
     training = f"{sum(record['training_counts']):,} training and " if "training_counts" in record else ""
-    return f"{source}, {network}; {training}{record['images']:,} test images"
+    few = f", {steps} attack steps in training" if (steps := record.get("config", {}).get("steps", 10)) < 10 else ""
+    return f"{source}, {network}{few}; {training}{record['images']:,} test images"
 
 
 def sizes(records: Records, recipe: str) -> pd.DataFrame:
