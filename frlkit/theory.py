@@ -18,7 +18,7 @@ from numbers import Real
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from scipy.optimize import minimize
 from scipy.special import expit, exprel, log_ndtr, ndtr
 
@@ -26,6 +26,7 @@ from frlkit import KitError
 from frlkit.values import checked
 
 Pair = tuple[float, float]  # class -1, class +1
+PLAIN = BeforeValidator(lambda value: value.item() if isinstance(value, np.generic) else value)  # numpy's numbers too
 RADIUS = "a finite radius of at least 0, in feature units"
 TIGHT = {"ftol": 1e-15, "gtol": 1e-9}
 
@@ -39,13 +40,13 @@ def _need(ok: bool, name: str, value: object, allowed: str) -> None:
 class GaussianTask:
     """The paper's Eq. (1). Arguments outside the ranges below raise `KitError`."""
 
-    m: Annotated[int, Field(ge=1)]  # robust features
-    d: Annotated[int, Field(ge=0)]  # non-robust features
-    gamma: float  # mean of a robust feature, in feature units
-    eta: Annotated[float, Field(ge=0)]  # mean of a non-robust feature, below gamma
-    sigma: Annotated[float, Field(gt=0)]  # standard deviation of class -1, in feature units
-    K: Annotated[float, Field(ge=1)]  # that of class +1 is so many times larger
-    prior: Annotated[float, Field(gt=0, lt=1)] = 0.5  # P(y=+1); the paper's theorems have 1/2
+    m: Annotated[int, PLAIN, Field(ge=1)]  # robust features
+    d: Annotated[int, PLAIN, Field(ge=0)]  # non-robust features
+    gamma: Annotated[float, PLAIN]  # mean of a robust feature, in feature units
+    eta: Annotated[float, PLAIN, Field(ge=0)]  # mean of a non-robust feature, below gamma
+    sigma: Annotated[float, PLAIN, Field(gt=0)]  # standard deviation of class -1, in feature units
+    K: Annotated[float, PLAIN, Field(ge=1)]  # that of class +1 is so many times larger
+    prior: Annotated[float, PLAIN, Field(gt=0, lt=1)] = 0.5  # P(y=+1); the paper's theorems have 1/2
 
     def __post_init__(self) -> None:
         _need(self.gamma > self.eta, "gamma", self.gamma, f"a mean above eta = {self.eta!r}")
@@ -67,7 +68,7 @@ class GaussianTask:
         the limit from below, are returned. A constant answer can win: see `intercept`. Weights of the classes act as
         prior odds do: the optimum with K times the weight on class +1's robust error is that at prior K/(K+1).
         """
-        _need(isinstance(eps, Real) and 0 <= eps < math.inf, "eps", eps, RADIUS)
+        _need(isinstance(eps, Real) and not isinstance(eps, bool) and 0 <= eps < math.inf, "eps", eps, RADIUS)
         w = np.maximum(self.theta - eps, 0.0)
         if eps >= self.gamma:
             w[: 1 if eps > self.gamma else self.m] = 1.0
@@ -124,7 +125,7 @@ class LinearRule:
 
     def scores(self, eps0: float = 0.0) -> np.ndarray:
         """The z-scores (class -1, class +1) at test radius `eps0` whose Φ are the errors; the theorems' Z."""
-        _need(isinstance(eps0, Real) and 0 <= eps0 < math.inf, "eps0", eps0, RADIUS)
+        _need(isinstance(eps0, Real) and not isinstance(eps0, bool) and 0 <= eps0 < math.inf, "eps0", eps0, RADIUS)
         reach = self.tau * eps0 - self.S
         return np.array([self.c + reach, -self.c + reach]) / [self.task.sigma, self.task.K * self.task.sigma]
 

@@ -552,5 +552,24 @@ def test_bad_arguments_are_named(field: str, value: float) -> None:
 
 def test_bad_radius_is_named() -> None:
     for call in (TASK.robust, TASK.natural().errors):
-        with pytest.raises(KitError, match="is not allowed: use a finite radius"):
-            call(-0.1)
+        for radius in (-0.1, math.nan, math.inf, True, "0.5"):
+            with pytest.raises(KitError, match="is not allowed: use a finite radius"):
+                call(radius)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Such as those of a grid; its truth values are none."""
+    own = GaussianTask(
+        *(
+            kind(value)
+            for kind, value in zip(
+                (np.int64, np.int32, np.float64, np.float32, np.int64, np.float32, np.float16),
+                (2, 3, 1.5, 0.5, 2, 4, 0.25),
+                strict=True,
+            )
+        )
+    )
+    assert own == GaussianTask(2, 3, 1.5, 0.5, 2.0, 4.0, 0.25)
+    assert own.robust(np.float64(0.25)).errors(np.int64(1)) == own.robust(0.25).errors(1.0)
+    with pytest.raises(KitError, match=r"^m = .* is not allowed: use "):
+        replace(TASK, m=np.bool_(True))
