@@ -68,7 +68,8 @@ def pgd(
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     with evaluating(model):
         _check_labels(model, x, y)
-        model = kernels.folded(model)
+        if not (replay := only is None and kernels.graphs.serves(model, x)):
+            model = kernels.folded(model)
         targets = outputs(model, x).softmax(1) if loss == "kl" else y
         best, best_score = x, x.new_full(y.shape, -math.inf)
         for _ in range(restarts):
@@ -76,7 +77,7 @@ def pgd(
             parts = (x, adversarial, targets, eps, step_size, low, high)
             if only is not None:
                 parts = tuple(part[only] for part in parts)
-            adversarial = share_out(partial(_ascend, model, parts, steps, loss), parts[0])
+            adversarial = share_out(partial(_ascend, model, parts, steps, loss, replay), parts[0])
             if only is not None:
                 adversarial = x.clone().index_put_((only,), adversarial)
             if restarts == 1:
@@ -107,20 +108,29 @@ def objective(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
     return others.amax(1) - own.squeeze(1)
 
 
-def _ascend(model: nn.Module, parts: tuple[Tensor, ...], steps: int, loss: str, rows: slice) -> Tensor:
+def _ascend(model: nn.Module, parts: tuple[Tensor, ...], steps: int, loss: str, replay: bool, rows: slice) -> Tensor:
     """The steps for some rows of a batch, through a fast path where one serves this model. `parts`: x, the start,
     targets, eps, step_size, and the bounds of the ball within [0, 1]."""
     x, adversarial, targets, eps, step_size, low, high = (part[rows] for part in parts)
     if path := kernels.fast(model):
         return path.pgd(model, x, adversarial, targets, eps.flatten(), step_size.flatten(), steps, loss)
     adversarial, low, high = (part.to(memory_format=kernels.layout(model)) for part in (adversarial, low, high))
+    step, others = partial(_step, model, loss), (targets, step_size, low, high)
+    if replay:
+        return kernels.graphs.repeat(step, model, [adversarial, *others], steps, loss)
     for _ in range(steps):
-        adversarial = adversarial.requires_grad_()
-        with torch.enable_grad():
-            total = objective(logits(model, adversarial), targets, loss).sum()
-        (gradient,) = torch.autograd.grad(total, adversarial)
-        adversarial = torch.addcmul(adversarial.detach(), step_size, gradient.sign()).clamp_(low, high)
+        adversarial = step(adversarial, *others)
     return adversarial
+
+
+def _step(
+    model: nn.Module, loss: str, adversarial: Tensor, targets: Tensor, step_size: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    adversarial = adversarial.detach().requires_grad_()
+    with torch.enable_grad():
+        total = objective(logits(model, adversarial), targets, loss).sum()
+    (gradient,) = torch.autograd.grad(total, adversarial)
+    return torch.addcmul(adversarial.detach(), step_size, gradient.sign()).clamp_(low, high)
 
 
 def _start(x: Tensor, eps: Tensor, random_start: bool | float | str, generator: torch.Generator | None) -> Tensor:

@@ -249,6 +249,7 @@ def train_epoch(run: Progress, part: tuple[int, int] = (0, 1), balance: fairness
     batches = order.split(config.batch_size)
     first, last = (len(batches) * (part[0] + k) // part[1] for k in (0, 1))
     shifts = stream(config.seed, epoch, AUGMENT, part[0], device=device)
+    backward = "tf32" if config.precision == "bf16" else config.precision  # what was cast remembers that it was
     run.model.train()
     for number, index in enumerate(batches[first:last], start=first):
         done = epoch + number / len(batches)
@@ -266,7 +267,8 @@ def train_epoch(run: Progress, part: tuple[int, int] = (0, 1), balance: fairness
                 f"intact; lower lr = {config.lr:g} or look at the data"
             )
         run.optimizer.zero_grad(set_to_none=True)
-        batch_loss.backward()
+        with evaluation.number_format(backward, device):
+            batch_loss.backward()
         distributed.average_gradients(run.model)
         run.optimizer.step()
         if run.average is not None:

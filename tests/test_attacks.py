@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frlkit import KitError, attacks, models
-from frlkit.attacks import n_fgsm, objective, pgd
+from frlkit import KitError, attacks, evaluation, kernels, models
+from frlkit.attacks import LOSSES, n_fgsm, objective, pgd
+from frlkit.models import ConvNet, ResNet
 
 EPS, STEP = 8 / 255, 2 / 255
 
@@ -490,3 +494,112 @@ class TestBadInput:
         x, y = batch(4)
         y[2] = label
         assert str(label) in self.message(lenet, x, y, loss=loss)
+
+
+class TestReplayedSteps:
+    """Steps that a GPU replays (`kernels.graphs`), with a graph that is played by hand where there is none."""
+
+    x = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    y = torch.arange(6)
+
+    @pytest.fixture
+    def recorded(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """As on a GPU, but for the GPU; fills with the sizes of the batches whose step was recorded."""
+        sizes: list[int] = []
+
+        def record(step: Callable, own: list[Tensor]) -> SimpleNamespace:
+            sizes.append(len(own[0]))
+            return SimpleNamespace(replay=lambda: own[0].copy_(step(*own)))
+
+        monkeypatch.setattr(kernels.graphs, "_record", record)
+        monkeypatch.setattr(kernels.graphs, "_recorded", {})
+        monkeypatch.setattr(kernels.graphs, "serves", lambda model, images: type(model) in (ConvNet, ResNet))
+        return sizes
+
+    def both(self, model: nn.Module, count: int = 6, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Attacked as it is set up here, and on the CPU as ever."""
+        batch = (model, self.x[:count], self.y[:count], 8 / 255, 2 / 255, 5)
+        found = []
+        for patch in (contextlib.nullcontext(), pytest.MonkeyPatch.context()):
+            with patch as other:
+                if other:
+                    other.setattr(kernels.graphs, "serves", lambda model, images: False)
+                found.append(pgd(*batch, generator=torch.Generator().manual_seed(1), **settings))
+        return found[0], found[1]
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_one_graph_serves_a_run(self, recorded: list[int], loss: str) -> None:
+        """Its weights, statistics, images and radii change from batch to batch, in place."""
+        model = models.build("cnn3", 10, seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            replayed, eager = self.both(model, loss=loss)
+            assert torch.equal(replayed, eager)
+            F.cross_entropy(model(replayed), self.y).backward()
+            optimizer.step()
+        assert recorded == [6]
+
+    def test_another_batch_loss_or_network_has_its_own(self, recorded: list[int]) -> None:
+        model, other = (models.build("cnn3", 10, seed=seed) for seed in (0, 1))
+        for asked in range(2):
+            for subject, count, loss in ((model, 6, "ce"), (model, 4, "ce"), (model, 6, "kl"), (other, 6, "ce")):
+                replayed, eager = self.both(subject, count, loss=loss)
+                assert torch.equal(replayed, eager), asked
+        assert recorded == [6, 4, 6, 6]
+
+    def test_the_oldest_goes(self, recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels.graphs, "KEPT", 2)
+        model = models.build("cnn3", 10, seed=0)
+        for count in (1, 2, 3, 1, 3):
+            assert torch.equal(*self.both(model, count))
+        assert recorded == [1, 2, 3, 1] and len(kernels.graphs._recorded) == 2
+
+    def test_weights_that_were_replaced_are_read(self, recorded: list[int]) -> None:
+        model = models.build("cnn3", 10, seed=0)
+        self.both(model)
+        model.linear = nn.Linear(model.linear.in_features, 10)
+        assert torch.equal(*self.both(model))
+        assert recorded == [6, 6]
+
+    def test_a_residual_networks_statistics_are_read_where_they_lie(self, recorded: list[int]) -> None:
+        """Folded into its weights, which is a copy for one attack, they would be recorded every time."""
+        model = models.build("preact_resnet18_w16", 10, seed=0)
+        for _ in range(2):
+            model.train()(self.x)  # moves them
+            replayed, eager = self.both(model)
+            assert (replayed - eager).abs().gt(1e-6).float().mean() < 0.02  # folding rounds otherwise
+        assert recorded == [6]
+
+    def test_a_part_of_the_images_is_not_replayed(self, recorded: list[int]) -> None:
+        model = models.build("cnn3", 10, seed=0)
+        assert torch.equal(*self.both(model, only=self.y < 3))
+        assert recorded == []
+
+    def test_whom_it_serves(self) -> None:
+        model = models.build("cnn3", 10, seed=0)
+        assert not kernels.graphs.serves(model, self.x)
+        for count, served in ((256, True), (257, False)):
+            there = type("Images", (), {"is_cuda": True, "__len__": lambda self, count=count: count})()
+            assert kernels.graphs.serves(model, there) is served
+        there = type("Images", (), {"is_cuda": True, "__len__": lambda self: 8})()
+        assert not kernels.graphs.serves(models.build("lenet5", 10, seed=0), there)
+        model.linear.register_forward_hook(lambda *_: None)
+        assert not kernels.graphs.serves(model, there)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("name", ["cnn3", "preact_resnet18_w16"])
+    def test_on_a_gpu(self, name: str) -> None:
+        model = models.place(models.build(name, 10, seed=0), "cuda")
+        x, y = self.x.cuda(), self.y.cuda()
+        for _ in range(2):
+            found = []
+            for most in (kernels.graphs.MOST, 0):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(kernels.graphs, "MOST", most)
+                    start = torch.Generator("cuda").manual_seed(1)
+                    with evaluation.number_format("float32", x.device):
+                        found.append(pgd(model, x, y, 8 / 255, 2 / 255, 5, generator=start))
+            assert (found[0] - found[1]).abs().gt(1e-6).float().mean() < 0.02
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1.1)

@@ -166,6 +166,18 @@ class TestCorrelation:
         assert verdict(question) == "not tested"
 
 
+def test_a_seed_that_one_side_lacks_is_left_out() -> None:
+    """A difference of two methods is NaN for the seeds that only one of them has."""
+    difficulty = table([[1.0, 2.0, 3.0, 4.0, 5.0]] * 6)
+    target = difficulty.copy()
+    target.iloc[3] = np.nan
+    for question in (
+        rules.correlated("hard-least-robust", difficulty, {"PGD-AT": target}),
+        rules.correlated_given("hard-least-robust", difficulty, difficulty.add([0, 9, 0, 9, 0]), {"PGD-AT": target}),
+    ):
+        assert "5 seeds" in question.comparisons[0].says and question.comparisons[0].tested
+
+
 class TestPartialCorrelation:
     """Size and difficulty go together: which of the two does the error follow?"""
 

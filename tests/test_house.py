@@ -81,10 +81,10 @@ def test_only_notebooks_and_reproduce_import_notebook() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wing", "questions"), [("kernels", {"fast", "describe", "folded", "layout"}), ("sources", {"read"})]
+    ("wing", "questions"), [("kernels", {"fast", "describe", "folded", "graphs", "layout"}), ("sources", {"read"})]
 )
 def test_the_core_asks_a_wing_few_questions(wing: str, questions: set[str]) -> None:
-    """`fast`, `folded` and `layout` in the attacks, and for records `describe`; `read` in `data.load`; nothing else."""
+    """`fast`, `folded`, `graphs`, `layout` in attacks, and for records `describe`; `read` in `data.load`; no more."""
     asked = set()
     for room, paths in modules().items():
         if room in WINGS:

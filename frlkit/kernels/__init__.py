@@ -3,7 +3,8 @@
 `native` is C++ for one CPU, `cells` PyTorch rearranged for any device. Each has ``forward(model, images)``, the logits
 with their gradients, and ``pgd``, all steps of an attack; `fast` says which of them serves a model. The core calls
 `fast` for one, and what it calls is never needed: where neither serves, the model's own layers run. Colour networks are
-`folded` for an attack, whose images have their `layout`.
+`folded` for an attack, whose images have their `layout`; on a GPU the steps of training's attacks are replayed
+(`graphs`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from frlkit import KitError
-from frlkit.kernels import cells, native
+from frlkit.kernels import cells, graphs, native
 from frlkit.kernels.colour import folded, layout
 
-__all__ = ["available", "describe", "fast", "folded", "layout"]
+__all__ = ["available", "describe", "fast", "folded", "graphs", "layout"]
 
 
 def fast(model: nn.Module, image_gradient: bool = False) -> ModuleType | None:
@@ -44,5 +46,8 @@ def available(model: nn.Module) -> bool:
 
 
 def describe(model: nn.Module) -> str:
-    """Which path serves this model, for records: "native" or "portable"."""
+    """Which path serves this model, for records: "native" or "portable", and on a GPU on which."""
+    weights = next(model.parameters(), None)
+    if weights is not None and weights.is_cuda:
+        return f"portable, {torch.cuda.get_device_name(weights.device)}"
     return "native" if available(model) else "portable"

@@ -159,7 +159,7 @@ def _both_ways(values: pd.Series, limit: float, side: str) -> tuple[float, float
 
 
 def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Comparison:
-    seeds = difficulty.index.intersection(target.index)
+    seeds = difficulty.index.intersection(target.dropna().index)
     if not len(seeds):
         return Comparison(f"{label}: {_seeds(0)}", tested=False)
     x, y = difficulty.loc[seeds], target.loc[seeds, difficulty.columns]
@@ -176,7 +176,7 @@ def _rank(difficulty: pd.DataFrame, target: pd.DataFrame, label: str) -> Compari
 
 
 def _partial_rank(covariate: pd.DataFrame, given: pd.DataFrame, target: pd.DataFrame, label: str) -> Comparison:
-    seeds = covariate.index.intersection(given.index).intersection(target.index)
+    seeds = covariate.index.intersection(given.index).intersection(target.dropna().index)
     if not len(seeds):
         return Comparison(f"{label}: {_seeds(0)}", tested=False)
     sides = (frame.loc[seeds, covariate.columns].to_numpy() for frame in (covariate, target, given))
