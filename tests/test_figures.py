@@ -105,6 +105,18 @@ def test_tolerances_are_drawn(records: dict[str, Any]) -> None:
     assert curves._taus({"uniform": read("uniform", 1, "history")}, "natural") == set()
 
 
+def test_curves_say_the_radius_that_they_are_of() -> None:
+    """Signs are steered at 12/255; the report's recipes steer on images drawn anew, and are watched at 8/255."""
+    signs = json.loads((SHIPPED.parent / "gtsrb17/algorithm1_both/seed0/history.json").read_text("utf-8"))
+    ours, report = read("algorithm1_both", 1, "history"), read("report_uniform", 1, "history")
+    for histories, said in (
+        ({"algorithm1_both": [signs]}, "PGD-20 at 12/255"),
+        ({"algorithm1_both": ours, "report_uniform": report}, "PGD-20 at 8/255"),
+        ({"algorithm1_both": [signs], "uniform": ours}, "PGD-20 at 8 and 12/255"),
+    ):
+        assert f"note · validation split, {said} · " in curves.fairness_curves(histories, "note").get_suptitle()
+
+
 def words_of(axis: Any) -> list[str]:
     return [text.get_text() for text in axis.texts]
 

@@ -477,6 +477,16 @@ class TestHere:
         why = "chosen = 99 is not allowed: the classes are 0 to 9"
         assert result.stderr == f"Error: digits/one_class,chosen=99/seed0 failed: {why}\n"
 
+    def test_a_full_gpu_fails_in_one_sentence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. " + 99 * "Process 1 has. ")
+
+        monkeypatch.setattr(runs, "run", full)
+        text = "{dataset: digits, grid: [{recipe: natural, values: {epochs: 1}}]}"
+        result = call("sweep", written(tmp_path, text), "--runs", tmp_path / "runs", "--jobs", 1)
+        why = "the GPU's memory is full: run fewer at a time (--shares), and this command again"
+        assert result.stderr == f"Error: digits/natural/seed0 failed: {why}\n"
+
     def test_ctrl_c(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def run(*_: Any) -> None:
             raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from frlkit import PROJECT, KitError
+from frlkit import PROJECT, KitError, models
 from frlkit.evaluation import Attack
 from frlkit.records import read
 from frlkit.report import claims, names, tables
@@ -52,12 +52,18 @@ def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
     """Missing runs of a title (or recipe), as words; empty where there are enough."""
     dataset, asked = evidence.get("data", "fashion_mnist"), evidence.get("seeds", 1)
     recipe = names.METHODS.get(evidence["runs"], evidence["runs"])  # as it stands now, not `names.edition`
-    place = found.project / "checkpoints" / dataset
-    count, shorter = (len(list((place / name).glob("seed*/record.json"))) for name in (recipe, names.edition(recipe)))
-    where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
-    if count >= asked:
+    place, network = found.project / "checkpoints" / dataset, evidence.get("model")
+
+    def seeds(name: str) -> int:
+        records = map(read, (place / name).glob("seed*/record.json"))
+        return sum(network in (None, record["config"]["model"]) for record in records)
+
+    if seeds(recipe) >= asked:
         return ""
-    return f"{names.title(recipe)}{where}: {count} of {asked} seeds" + (SHORTER if shorter >= asked else "")
+    where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
+    where += f", {models.TITLES[network]}" if network else ""
+    shorter = seeds(names.edition(recipe)) >= asked
+    return f"{names.title(recipe)}{where}: {seeds(recipe)} of {asked} seeds" + (SHORTER if shorter else "")
 
 
 def _verdict(evidence: Mapping[str, Any], found: Shown) -> str:

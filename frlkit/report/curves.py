@@ -72,8 +72,15 @@ def fairness_curves(histories: Histories, note: str) -> Figure:
         _tolerances(axis, _taus(histories, kind) | {PAPER_TAU[kind]})
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figures.heading(figure, note, "validation split", _bands(histories))
+    figures.heading(figure, note, f"validation split, {_attacks(histories)}", _bands(histories))
     return figure
+
+
+def _attacks(histories: Histories) -> str:
+    """What measured the errors in these histories: what steered, unless that is on new images (`training`)."""
+    configs = [seed["config"] for seeds in histories.values() for seed in seeds]
+    radii = sorted({8.0 if config["update_images"] else config["measure_255"] for config in configs})
+    return "PGD-20 at " + " and ".join(f"{radius:g}" for radius in radii) + "/255"
 
 
 def _excess(entry: Mapping[str, Any]) -> list[float]:

@@ -294,5 +294,7 @@ def away(recipe: str, config: Config, start: dict[str, bytes], device: str) -> t
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):  # its own is a page
+        return "the GPU's memory is full: run fewer at a time (--shares), and this command again"
     said = (str(error).splitlines() or [""])[0]
     return said if isinstance(error, KitError) else f"{type(error).__name__}: {said}"
