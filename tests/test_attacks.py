@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -570,6 +571,15 @@ class TestReplayedSteps:
             assert (replayed - eager).abs().gt(1e-6).float().mean() < 0.02  # folding rounds otherwise
         assert recorded == [6]
 
+    def test_a_graph_goes_with_its_network(self, recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels.graphs, "_record", lambda *_: SimpleNamespace(replay=lambda: None))
+        model = models.build("cnn3", 10, seed=0)
+        pgd(model, self.x, self.y, 8 / 255, 2 / 255, 5)
+        assert len(kernels.graphs._recorded) == 1
+        del model
+        gc.collect()
+        assert not kernels.graphs._recorded
+
     def test_a_part_of_the_images_is_not_replayed(self, recorded: list[int]) -> None:
         model = models.build("cnn3", 10, seed=0)
         assert torch.equal(*self.both(model, only=self.y < 3))
@@ -583,12 +593,19 @@ class TestReplayedSteps:
             assert kernels.graphs.serves(model, there) is served
         there = type("Images", (), {"is_cuda": True, "__len__": lambda self: 8})()
         assert not kernels.graphs.serves(models.build("lenet5", 10, seed=0), there)
+        own = models.build("cnn3", 10, seed=0)
+        assert kernels.graphs.serves(own, there)
+        own.linear = type("Linear", (nn.Linear,), {})(own.linear.in_features, 10)
+        assert not kernels.graphs.serves(own, there)
         model.linear.register_forward_hook(lambda *_: None)
         assert not kernels.graphs.serves(model, there)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
     @pytest.mark.parametrize("name", ["cnn3", "preact_resnet18_w16"])
-    def test_on_a_gpu(self, name: str) -> None:
+    def test_on_a_gpu(self, name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels.graphs, "_recorded", {})
+        monkeypatch.setattr(kernels, "folded", lambda model: model)  # which rounds otherwise
         model = models.place(models.build(name, 10, seed=0), "cuda")
         x, y = self.x.cuda(), self.y.cuda()
         for _ in range(2):
@@ -597,9 +614,10 @@ class TestReplayedSteps:
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(kernels.graphs, "MOST", most)
                     start = torch.Generator("cuda").manual_seed(1)
-                    with evaluation.number_format("float32", x.device):
+                    with evaluation.number_format(precision, x.device):
                         found.append(pgd(model, x, y, 8 / 255, 2 / 255, 5, generator=start))
             assert (found[0] - found[1]).abs().gt(1e-6).float().mean() < 0.02
             with torch.no_grad():
                 for weight in model.parameters():
                     weight.mul_(1.1)
+        assert len(kernels.graphs._recorded) == 1

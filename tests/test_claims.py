@@ -166,6 +166,29 @@ class TestCorrelation:
         assert verdict(question) == "not tested"
 
 
+def test_nan_is_no_seed() -> None:
+    """A difference has none where one of the two lacks the seed: neither tested by them nor blurred."""
+    one = pd.Series([-3.0, *[np.nan] * 4], name="A − B")
+    for question in (rules.lower("both-robust", one), rules.at_most("both-robust", one, limit=1)):
+        (only,) = question.comparisons
+        assert not only.tested and only.says == "A − B: -3.0 points, 1 seed, 5 needed"
+    whole = rules.lower("both-robust", pd.Series([-3.0, -3.1, np.nan, -2.9, -3.0, -3.2], name="A − B")).comparisons[0]
+    assert whole.tested and whole.says.startswith("A − B: -3.0 ± 0.1 points [")
+
+
+def test_the_weakest_of_untested_comparisons_is_the_one_that_misses_most() -> None:
+    low, high, best = (pd.Series([value], name=f"{value:g}") for value in (-3.0, 4.0, -9.0))
+    for question, weakest in (
+        (rules.lower("both-robust", low, high, best), "4: 4.0 points"),
+        (rules.higher("both-robust", low, high, best), "-9: -9.0 points"),
+        (rules.at_most("both-robust", best, low, limit=2), "-3: -3.0 points"),
+        (rules.lower("both-robust", high, pd.Series(dtype=float, name="C")), "C: no runs"),
+    ):
+        (said,) = rules.every(question).comparisons
+        assert said.says.startswith(f"of {len(question.comparisons)} comparisons the weakest: {weakest}")
+        assert not said.tested
+
+
 def test_a_seed_that_one_side_lacks_is_left_out() -> None:
     """A difference of two methods is NaN for the seeds that only one of them has."""
     difficulty = table([[1.0, 2.0, 3.0, 4.0, 5.0]] * 6)

@@ -130,6 +130,7 @@ def test_multipliers_come_back_from_the_weights() -> None:
         "radius_factors": [1.0, 2.0, 1.5],
     }
     config = {"seed": 0, "eps_255": 8.0, "alpha_nat": 1.0, "alpha_margin": 1.0, "tau_nat": 0.05, "tau_bdy": 0.07}
+    config |= {"measure_255": 8.0, "update_images": 0}
     history = {"config": config, "start": entry, "epochs": [entry]}
     figure = curves.class_curves([history], ["a", "b$c$", "d"], "")
     values = [[line.get_ydata()[-1] for line in axis.lines[:3]] for axis in figure.axes]
@@ -172,7 +173,8 @@ def test_who_dominates_whom() -> None:
     assert mechanism.dominated(scored, "pgd_at", columns) == "dominated by Control"
     assert mechanism.dominated(scored, "trades", columns) == "dominated by none"
     lower = scored[scored.index.get_level_values("seed") < 3]
-    assert mechanism.dominated(lower, "pgd_at", columns) == "dominated by none"
+    said = "not compared: no other has 5 seeds in common with it"
+    assert mechanism.dominated(lower, "pgd_at", columns) == said
 
 
 def test_report_figure_three(records: dict[str, Any]) -> None:

@@ -61,11 +61,23 @@ class TestCollect:
         lines = {line.split(" | ")[0]: line.split(" | ") for line in matrix.table(project).splitlines()}
         says = claims.statements()["both-robust"]
         cells = lines[f"| {says['source']}: {says['says']}"]
-        assert cells[1:4] == ["confirmed: 1.0 ± 0.1 points", "no runs: signs.yaml", "carries over: 2.0 %"]
+        assert cells[1:4] == ["confirmed: 1.0 ± 0.1 points", "no runs", "carries over: 2.0 %"]
+        assert cells[4].startswith("no runs: cifar10.yaml")
         assert "carries over to" not in " ".join(cells)
         counted = matrix.carried(project)
         assert "| carries over |  |  | 1 |  |  |" in counted
         assert "| does not carry over |  |  | 1 |  |  |" in counted
+
+    def test_why_there_is_nothing(self, project: Path, tmp_path: Path) -> None:
+        """Another claim of the same notebook says that it does not ask this one there; another notebook's does not."""
+        for place, claim in (("05_x_gtsrb17", "both-boundary"), ("01_x_cifar10", "natural-alike")):
+            data = {"gtsrb17": "GTSRB-17", "cifar10": "CIFAR-10"}[place.split("_")[-1]]
+            write(tmp_path / "output" / place / f"{place}.ipynb", row("carries over", "A: 2.0 %", claim, dataset=data))
+        (project / "checkpoints" / "cifar10").mkdir()
+        matrix.collect(tmp_path / "output", project)
+        lines = {line.split(" | ")[0]: line.split(" | ") for line in matrix.table(project).splitlines()}
+        cells = lines[f"| {claims.statements()['both-robust']['source']}: {claims.statements()['both-robust']['says']}"]
+        assert cells[3:5] == ["not asked there", "no runs: cifar10.yaml"]
 
     def test_nothing_to_keep(self, project: Path, tmp_path: Path) -> None:
         write(tmp_path / "output" / "05_x.ipynb", row("confirmed", "A: 1.0 %", dataset="Fashion-MNIST"))

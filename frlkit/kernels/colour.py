@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from frlkit.kernels.cells import intact
 from frlkit.models import BasicBlock, PreActivationBlock, ResNet
 
-_OWN = {ResNet, BasicBlock, PreActivationBlock, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Linear}
+OWN = {ResNet, BasicBlock, PreActivationBlock, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Linear}
 _FOLDED = {  # a part's convolutions, and the batch normalisation that follows each
     ResNet: (("stem", "stem_bn"),),
     BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
@@ -26,7 +26,7 @@ def folded(model: nn.Module) -> nn.Module:
     Where one follows a convolution of a `ResNet` it becomes part of its weights. Any other model, and one whose layers
     were replaced, pruned or reparametrised, comes back as it is.
     """
-    if type(model) is not ResNet or not intact(model) or not {type(part) for part in model.modules()} <= _OWN:
+    if type(model) is not ResNet or not intact(model) or not {type(part) for part in model.modules()} <= OWN:
         return model
     copied = copy.deepcopy(model)
     for part in list(copied.modules()):

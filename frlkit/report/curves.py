@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,13 +23,15 @@ PAPER_TAU = {"natural": 5.0, "boundary": 7.0}  # points
 def training_curves(histories: Histories, note: str) -> Figure:
     """Loss, and natural and robust error (average and worst class) on the validation split, epoch by epoch.
 
-    Lines are means over seeds, bands ± sd. The panels of one error share an axis.
+    Lines are means over seeds, bands ± sd. The panels of one error share an axis. Robust errors are at the radius of
+    training.
     """
+    attack = _radii("PGD-10 ", (seed["config"]["eps_255"] for seeds in histories.values() for seed in seeds))
     panels = {
         "natural average": "natural error, average",
         "natural worst": "natural error, worst class",
-        "robust average": "PGD-10 8/255 error, average",
-        "robust worst": "PGD-10 8/255 error, worst class",
+        "robust average": f"{attack} error, average",
+        "robust worst": f"{attack} error, worst class",
         "loss": "training loss (each recipe's own)",
     }
     frame = _frame(histories, list(panels), _of_epoch, first=1)
@@ -72,15 +75,20 @@ def fairness_curves(histories: Histories, note: str) -> Figure:
         _tolerances(axis, _taus(histories, kind) | {PAPER_TAU[kind]})
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figures.heading(figure, note, f"validation split, {_attacks(histories)}", _bands(histories))
+    figures.heading(
+        figure, note, f"validation split, {_attacks(itertools.chain(*histories.values()))}", _bands(histories)
+    )
     return figure
 
 
-def _attacks(histories: Histories) -> str:
+def _attacks(seeds: Iterable[Mapping[str, Any]]) -> str:
     """What measured the errors in these histories: what steered, unless that is on new images (`training`)."""
-    configs = [seed["config"] for seeds in histories.values() for seed in seeds]
-    radii = sorted({8.0 if config["update_images"] else config["measure_255"] for config in configs})
-    return "PGD-20 at " + " and ".join(f"{radius:g}" for radius in radii) + "/255"
+    configs = [seed["config"] for seed in seeds]
+    return _radii("PGD-20 at ", (8.0 if config["update_images"] else config["measure_255"] for config in configs))
+
+
+def _radii(attack: str, radii: Iterable[float]) -> str:
+    return attack + " and ".join(f"{radius:g}" for radius in sorted(set(radii))) + "/255"
 
 
 def _excess(entry: Mapping[str, Any]) -> list[float]:
@@ -118,7 +126,7 @@ def class_curves(seeds: Sequence[Mapping[str, Any]], class_names: Sequence[str],
     for axis, (kind, tau) in zip(axes, PAPER_TAU.items(), strict=False):
         _tolerances(axis, _taus({"": seeds}, kind) or {tau})
     figure.legend(*axes[4].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False)
-    figures.heading(figure, note, "validation split", _bands({"": seeds}))
+    figures.heading(figure, note, f"validation split, {_attacks(seeds)}", _bands({"": seeds}))
     return figure
 
 

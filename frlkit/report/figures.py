@@ -143,7 +143,7 @@ def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) ->
     lines = axes[0, 0].lines[:1]
     handles = [*lines, *(Line2D([], [], linestyle="none") for _ in counts)]
     labels = ["Pareto front", *(f"{k}  {literal(_named(recipe, counts))}" for k, recipe in enumerate(counts.index, 1))]
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, handlelength=1)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, handlelength=1)
     heading(figure, note, seeds(counts.tolist()))
     return figure
 

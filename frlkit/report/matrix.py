@@ -20,7 +20,7 @@ HOME = "fashion_mnist"
 #: The columns, and of each why there may be nothing: which of ``sweeps/`` makes it; SVHN is a user's own download.
 DATASETS = {
     HOME: "not asked",
-    "gtsrb": "no runs: signs.yaml",
+    "gtsrb": "no runs",
     "gtsrb17": "no runs: signs.yaml",
     "cifar10": "no runs: cifar10.yaml",
     "svhn": "no data",
@@ -43,7 +43,7 @@ def of_notebooks(paths: Iterable[Path]) -> dict[str, dict[str, Row]]:
             raise KitError(f"{path} is no notebook ({error}): name a folder of executed ones") from None
         for row in (row for table in shown for row in table["claims"] if row.get("key")):
             if row["dataset"] in known:
-                found.setdefault(known[row["dataset"]], {})[row["key"]] = row
+                found.setdefault(known[row["dataset"]], {})[row["key"]] = {**row, "notebook": path.name[:2]}
     return found
 
 
@@ -98,13 +98,16 @@ def table(project: Path = PROJECT) -> str:
     for key, stated in claims.statements().items():
         if stated.get("data") == "two Gaussians" or key.startswith("own-"):  # of anyone's own model
             continue
-        cells = [cell(judged[d][key]) if key in judged[d] else _why(judged, d) for d in DATASETS]
+        cells = [cell(judged[d][key]) if key in judged[d] else _why(judged, d, key) for d in DATASETS]
         lines.append([f"{stated['source']}: {stated['says']}", *cells])
     return tables.markdown(["claim", *map(names.dataset, DATASETS)], lines)
 
 
-def _why(judged: Mapping[str, Mapping[str, Row]], dataset: str) -> str:
-    return "not asked there" if judged[dataset] else DATASETS[dataset]
+def _why(judged: Mapping[str, Mapping[str, Row]], dataset: str, key: str) -> str:
+    """Why a claim was not judged: its notebook has not asked it of these data, or was not run on them."""
+    asked = {row.get("notebook") for row in judged[dataset].values()}
+    mine = {row.get("notebook") for rows in judged.values() for row in (rows.get(key, {}),) if row}
+    return "not asked there" if asked & mine else DATASETS[dataset]
 
 
 def carried(project: Path = PROJECT) -> str:

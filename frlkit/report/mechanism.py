@@ -90,14 +90,17 @@ def pareto(scored: pd.DataFrame, average: str, worst: str) -> pd.DataFrame:
 def dominated(scored: pd.DataFrame, recipe: str, columns: Sequence[str]) -> str:
     """Which others have means as low in all columns of `tables.scores`, and one lower beyond chance, in words.
 
-    Beyond chance: the paired t interval (95 %) over seeds lies below 0. With too few common seeds nothing is said.
+    Beyond chance: the paired t interval (95 %) over seeds lies below 0. Others with too few common seeds do not count.
     """
-    better = []
+    better, compared = [], 0
     for other in scored.index.unique("recipe").drop(recipe):
         change = (scored.loc[other][list(columns)] - scored.loc[recipe][list(columns)]).dropna()
         beyond = min(statistics.mean_interval(change[column])[1] for column in columns)  # NaN without two seeds
-        if len(change) >= rules.FEWEST_SEEDS and (change.mean() <= 0).all() and beyond < 0:
+        compared += (enough := len(change) >= rules.FEWEST_SEEDS)
+        if enough and (change.mean() <= 0).all() and beyond < 0:
             better.append(title(other))
+    if not compared:
+        return f"not compared: no other has {rules.FEWEST_SEEDS} seeds in common with it"
     return f"dominated by {', '.join(better) or 'none'}"
 
 

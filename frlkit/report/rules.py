@@ -5,6 +5,7 @@ Fewer than `FEWEST_SEEDS` seeds test nothing. Changes are differences of two met
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,13 +21,15 @@ FEWEST_SEEDS = 5
 class Comparison:
     """One test: what was measured, the p-value with which it supports the claim and that with which it contradicts it.
 
-    Without enough seeds (`tested` is False) it says why, and there are no p-values.
+    Without enough seeds (`tested` is False) it says why, and there are no p-values. `misses` is how far the mean lies
+    on the wrong side of the limit, negative on the right one.
     """
 
     says: str
     supports: float = 1.0
     contradicts: float = 1.0
     tested: bool = True
+    misses: float = math.inf
 
     @property
     def p(self) -> float:
@@ -132,23 +135,24 @@ def every(question: Question) -> Question:
     supports = max(part.supports for part in parts)
     contradicts = min(1.0, len(parts) * min(part.contradicts for part in parts))
     tested = all(part.tested for part in parts)
-    weakest = max(parts, key=lambda part: (not part.tested, part.supports, -part.contradicts))
+    weakest = max(parts, key=lambda part: (not part.tested, part.supports, -part.contradicts, part.misses))
     says = f"of {len(parts)} comparisons the weakest: {weakest.says}"
     return Question(question.key, (Comparison(says, supports, contradicts, tested),))
 
 
 def _two_sided(change: pd.Series, side: str, unit: str) -> Comparison:
-    if missing := _too_few(change, unit):
-        return missing
-    low, high = statistics.mean_interval(change)
-    return Comparison(f"{_said(change, unit)} [{low:.1f}, {high:.1f}]", *_both_ways(change, 0, side))
+    return _against(change, 0, side, unit, limited="")
 
 
-def _against(value: pd.Series, limit: float, side: str, unit: str) -> Comparison:
-    if missing := _too_few(value, unit):
-        return missing
+def _against(value: pd.Series, limit: float, side: str, unit: str, limited: str = ", limit {:g}") -> Comparison:
+    value = value.dropna()  # seeds that one side of a difference lacks
+    misses = (value.mean() - limit) * (1 if side == "less" else -1) if len(value) else math.inf
+    if len(value) < FEWEST_SEEDS:
+        found = f"{_said(value, unit)}, " if len(value) else f"{value.name}: "
+        return Comparison(found + _seeds(len(value)), tested=False, misses=misses)
     low, high = statistics.mean_interval(value)
-    return Comparison(f"{_said(value, unit)} [{low:.1f}, {high:.1f}], limit {limit:g}", *_both_ways(value, limit, side))
+    says = f"{_said(value, unit)} [{low:.1f}, {high:.1f}]{limited.format(limit)}"
+    return Comparison(says, *_both_ways(value, limit, side), misses=misses)
 
 
 def _both_ways(values: pd.Series, limit: float, side: str) -> tuple[float, float]:
@@ -194,13 +198,6 @@ def _combined(rho: np.ndarray, p: np.ndarray) -> tuple[float, float]:
     one_sided = (np.where(rho > 0, p / 2, 1 - p / 2), np.where(rho < 0, p / 2, 1 - p / 2))
     up, down = (min(1.0, 2 * float(np.median(found, axis=0).max())) for found in one_sided)
     return up, down
-
-
-def _too_few(values: pd.Series, unit: str) -> Comparison | None:
-    if len(values) >= FEWEST_SEEDS:
-        return None
-    found = f"{_said(values, unit)}, " if len(values) else f"{values.name}: "
-    return Comparison(found + _seeds(len(values)), tested=False)
 
 
 def _seeds(count: int, *, enough: bool = False) -> str:

@@ -292,7 +292,9 @@ def gap(errors: pd.DataFrame, recipe: str, measure: str) -> pd.Series:
 
 
 def plus_minus(values: Sequence[float] | np.ndarray | pd.Series, decimals: int = 1) -> str:
-    """``mean ± sd``; the sd (n - 1) is left out where there is only one value."""
+    """``mean ± sd``; the sd (n - 1) is left out where there is only one value; of none, a dash."""
+    if not len(values):
+        return "–"
     return _plus_minus(np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan, decimals)
 
 
