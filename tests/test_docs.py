@@ -113,6 +113,12 @@ class TestCoverage:
                 "P",
                 "PGD-AT on SVHN: 0 of 1 seeds",
             ),
+            ({"shown": [{"runs": "PGD-AT", "data": "cifar10", "model": "preact_resnet18_w16"}]}, "R", ""),
+            (
+                {"shown": [{"runs": "PGD-AT", "data": "cifar10", "model": "preact_resnet18"}]},
+                "B",
+                "PGD-AT on CIFAR-10, PreAct-ResNet-18: 0 of 1 seeds",
+            ),
             ({"shown": [{"says": "07", "text": "a word"}, {"file": "README.md"}]}, "R", ""),
             ({"shown": [{"says": "08", "text": "a word"}]}, "N", "notebook 08 does not have it"),
             ({"shown": [{"attack": 8, "of": "PGD-AT"}]}, "R", ""),
