@@ -148,8 +148,10 @@ FAIR: dict[str, Recipe] = {
     "natural_only": Recipe("Natural multipliers alone (control)", "control", _ALGORITHM1),
     "boundary_only": Recipe("Boundary multipliers alone (control)", "control", {**_LOOP, **_REWEIGHT}),
     "radii_only": Recipe("Radii without multipliers (control)", "control", {**_LOOP, **_MARGIN}),
-    "constant_radius": Recipe("Natural multipliers, 12/255 for all (control)", "control", {**_ALGORITHM1, **_WIDE}),
-    "constant_margin": Recipe("Equal weights, 12/255 for all (control)", "control", {**_LOOP, **_WIDE}),
+    "constant_radius": Recipe(
+        "Natural multipliers, 1.5 times the radius (control)", "control", {**_ALGORITHM1, **_WIDE}
+    ),
+    "constant_margin": Recipe("Equal weights, 1.5 times the radius (control)", "control", {**_LOOP, **_WIDE}),
     "intercept": Recipe("Output biases moved, nothing else (control)", "control", _INTERCEPT),
     "head_norms": Recipe("Norms of the output's rows tuned, nothing else (control)", "control", _NORMS),
     "intercept_uniform": Recipe("Retrained with equal weights, then biases moved (control)", "control", _LATE),
@@ -227,7 +229,10 @@ def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:
     asked, epochs = SETTINGS.get(small, SETTINGS.get(place, ({}, {})))[kind is FairConfig], given["epochs"]
     if kind is Config and "lr_every" in asked and isinstance(epochs, int):  # a shorter run has the same schedule
         asked = {**asked, "lr_every": max(1, round(asked["lr_every"] * epochs / 100))}
-    made = {**asked, **RECIPES[name].values, **values, **varied, "dataset": dataset, "seed": seed}
+    own = RECIPES[name].values
+    if _WIDE.items() <= own.items() and "eps_255" in asked:  # larger than what all are trained with there
+        own = {**own, **{key: 1.5 * asked[key] for key in _WIDE}}
+    made = {**asked, **own, **values, **varied, "dataset": dataset, "seed": seed}
     if made.get("attacked", 1) != 1 and made["method"] not in ("pgd_at", "report_remargin"):
         raise KitError(f"attacked = {made['attacked']} is not allowed with {name}: its loss attacks every image; use 1")
     return kind(**made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_a_short_run_has_the_papers_schedule(epochs: int, every: int) -> None:
     assert configure("pgd_at,lr_every=7", "cifar10", 0, epochs=epochs).lr_every == 7
     assert configure("uniform", "cifar10", 0, epochs=epochs).lr_every == 40  # retraining keeps its rate
     assert configure("pgd_at", "gtsrb", 0, epochs=epochs).lr_every == 4
+
+
+@pytest.mark.parametrize(
+    ("dataset", "eps"), [("fashion_mnist", 8.0), ("gtsrb", 12.0), ("gtsrb17", 12.0), ("cifar10", 8.0)]
+)
+def test_one_larger_radius_is_larger_than_the_data_sets_own(dataset: str, eps: float) -> None:
+    for recipe, reference in (("constant_radius", "natural_only"), ("constant_margin", "uniform")):
+        wide, own = (asdict(configure(name, dataset, 0)) for name in (recipe, reference))
+        changed = {key: wide[key] for key in wide if wide[key] != own[key]}
+        assert (own["eps_255"], changed) == (eps, {"eps_255": 1.5 * eps, "step_255": 1.5 * own["step_255"]})
+    assert configure("constant_radius,eps_255=20", dataset, 0).eps_255 == 20
 
 
 def test_small_colour_studies_need_no_bf16() -> None:

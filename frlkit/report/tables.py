@@ -62,9 +62,8 @@ def tidy(records: Records) -> pd.DataFrame:
 
 def _more_radii(records: Records) -> tuple[int, ...]:
     """12/255, where these are records of runs on signs."""
-    every = [record for seeds in records.values() for record in seeds]
-    kept = [{entry["attack"]["eps_255"] for entry in record["attacks"]} for record in every]
-    return (SIGNS,) if every and all(SIGNS in radii for radii in kept) else ()
+    kept = [{each["attack"]["eps_255"] for each in record["attacks"]} for seeds in records.values() for record in seeds]
+    return (SIGNS,) if kept and all(SIGNS in radii for radii in kept) else ()
 
 
 def note(source: str, network: str, record: Mapping[str, Any]) -> str:
@@ -293,9 +292,8 @@ def gap(errors: pd.DataFrame, recipe: str, measure: str) -> pd.Series:
 
 def plus_minus(values: Sequence[float] | np.ndarray | pd.Series, decimals: int = 1) -> str:
     """``mean ± sd``; the sd (n - 1) is left out where there is only one value; of none, a dash."""
-    if not len(values):
-        return "–"
-    return _plus_minus(np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan, decimals)
+    sd = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    return _plus_minus(np.mean(values), sd, decimals) if len(values) else "–"
 
 
 def _plus_minus(mean: float, sd: float, decimals: int = 1) -> str:
