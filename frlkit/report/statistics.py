@@ -44,6 +44,14 @@ def spread(errors: ArrayLike, fixed: int) -> dict[str, np.ndarray]:
     }
 
 
+def worst_class(shares: np.ndarray, class_names: Sequence[str]) -> str:
+    """The class with the largest mean error over seeds, `shares` being (S, C), or how many have it: at a ceiling none
+    of them is the worst."""
+    means = shares.mean(axis=0)
+    worst = [name for name, mean in zip(class_names, means, strict=True) if mean == means.max()]
+    return worst[0] if len(worst) == 1 else f"{len(worst)} classes"
+
+
 def worst_interval(shares: np.ndarray, images: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
     """Bootstrap 95 % interval of the worst class's error, mean over seeds; `shares` (S, C) are fractions.
 

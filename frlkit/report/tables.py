@@ -103,8 +103,8 @@ def statistics(errors: pd.DataFrame) -> pd.DataFrame:
     """Average, worst and best class of each recipe and measure in `tidy`'s table, in numbers.
 
     Each is taken within a seed; its mean over seeds stands under its name, the standard deviation (n - 1; NaN for one
-    seed) under "sd". Low and high are the worst class's interval (`worst_interval`); the class named is worst in
-    the mean over seeds. The average is over classes; where they differ in size, that over images stands beside it.
+    seed) under "sd". Low and high are the worst class's interval (`worst_interval`), which is then named
+    (`worst_class`). The average is over classes; where they differ in size, that over images stands beside it.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for key, found, images, classes in _parts(errors):
@@ -117,7 +117,7 @@ def statistics(errors: pd.DataFrame) -> pd.DataFrame:
         for name, by_seed in values.items():
             rows[key] |= {name: by_seed.mean(), f"{name} sd": by_seed.std(ddof=1) if len(by_seed) > 1 else math.nan}
             rows[key] |= {"worst low": 100 * low, "worst high": 100 * high} if name == "worst" else {}
-        rows[key]["worst class"] = classes[int(found.mean(0).argmax())]
+        rows[key]["worst class"] = numbers.worst_class(found, classes)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
