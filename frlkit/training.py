@@ -249,7 +249,7 @@ def train_epoch(run: Progress, part: tuple[int, int] = (0, 1), balance: fairness
     batches = order.split(config.batch_size)
     first, last = (len(batches) * (part[0] + k) // part[1] for k in (0, 1))
     shifts = stream(config.seed, epoch, AUGMENT, part[0], device=device)
-    backward = "tf32" if config.precision == "bf16" else config.precision  # autograd has bf16's casts; of what is left
+    backward = "tf32" if config.precision == "bf16" else config.precision  # bf16's casts autograd repeats
     run.model.train()
     for number, index in enumerate(batches[first:last], start=first):
         done = epoch + number / len(batches)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from frlkit.kernels.cells import intact
-from frlkit.models import BasicBlock, PreActivationBlock, ResNet
+from frlkit.models import BasicBlock, ConvNet, PreActivationBlock, ResNet
 
-OWN = {ResNet, BasicBlock, PreActivationBlock, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Linear}
+_OWN = {ResNet, BasicBlock, PreActivationBlock, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Linear}
+_OWN |= {ConvNet, nn.ModuleList}
 _FOLDED = {  # a part's convolutions, and the batch normalisation that follows each
     ResNet: (("stem", "stem_bn"),),
     BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
@@ -20,13 +21,18 @@ _FOLDED = {  # a part's convolutions, and the batch normalisation that follows e
 }
 
 
+def as_built(model: nn.Module) -> bool:
+    """Whether it is a colour network of the kit's, as its class builds it: no other layer, no hook on any."""
+    return type(model) in (ConvNet, ResNet) and intact(model) and {type(part) for part in model.modules()} <= _OWN
+
+
 def folded(model: nn.Module) -> nn.Module:
     """A copy that computes the same in eval mode, but for rounding, with less batch normalisation; for attacks.
 
     Where one follows a convolution of a `ResNet` it becomes part of its weights. Any other model, and one whose layers
     were replaced, pruned or reparametrised, comes back as it is.
     """
-    if type(model) is not ResNet or not intact(model) or not {type(part) for part in model.modules()} <= OWN:
+    if type(model) is not ResNet or not as_built(model):
         return model
     copied = copy.deepcopy(model)
     for part in list(copied.modules()):

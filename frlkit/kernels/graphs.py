@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from frlkit.kernels.cells import intact
-from frlkit.kernels.colour import OWN
-from frlkit.models import ConvNet, ResNet
+from frlkit.kernels.colour import as_built
 
 MOST = 256  # images: larger batches keep a GPU busy, and evaluation has them in many shapes
 KEPT = 4  # graphs: a run has batches of one shape and their rest, and perhaps a second loss
@@ -29,9 +27,7 @@ _recorded: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor], torch.cuda
 
 def serves(model: nn.Module, images: Tensor) -> bool:
     """Whether steps on these images can be replayed: a GPU, a small batch, the kit's own code throughout."""
-    if not images.is_cuda or len(images) > MOST or type(model) not in (ConvNet, ResNet) or not intact(model):
-        return False
-    return {type(part) for part in model.modules()} <= OWN | {ConvNet, nn.ModuleList}
+    return images.is_cuda and len(images) <= MOST and as_built(model)
 
 
 def repeat(step: Step, model: nn.Module, inputs: Sequence[Tensor], steps: int, kind: str) -> Tensor:
@@ -39,19 +35,19 @@ def repeat(step: Step, model: nn.Module, inputs: Sequence[Tensor], steps: int, k
     ``for _ in range(steps): images = step(images, *others)``. `kind` tells apart steps that differ in more than their
     inputs. The newest `KEPT` graphs stay, with the memory that they need, as long as their networks do.
     """
-    weights = [value.detach() for value in (*model.parameters(), *model.buffers())]
+    weights = [*model.parameters(), *model.buffers()]
     formats = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cuda")
     shapes = tuple((value.shape, value.dtype) for value in inputs)
     key = (type(model), kind, formats, shapes, tuple(value.data_ptr() for value in weights))
     if key not in _recorded:
         while len(_recorded) >= KEPT:
             del _recorded[next(iter(_recorded))]
-        own = [value.clone() for value in inputs]
-        _recorded[key] = weights, own, _record(step, own)  # the weights too: nothing else may come to lie there
+        own, kept = [value.clone() for value in inputs], [value.detach() for value in weights]
+        _recorded[key] = kept, own, _record(step, own)  # the weights too: nothing else may come to lie there
         weakref.finalize(model, _recorded.pop, key, None)
     _, own, graph = _recorded[key]
-    for kept, new in zip(own, inputs, strict=True):
-        kept.copy_(new)
+    for place, new in zip(own, inputs, strict=True):
+        place.copy_(new)
     for _ in range(steps):
         graph.replay()
     return own[0].clone()

@@ -55,15 +55,15 @@ def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
     place, network = found.project / "checkpoints" / dataset, evidence.get("model")
 
     def seeds(name: str) -> int:
-        records = map(read, (place / name).glob("seed*/record.json"))
-        return sum(network in (None, record["config"]["model"]) for record in records)
+        paths = (place / name).glob("seed*/record.json")
+        return sum(network is None or read(path)["config"]["model"] == network for path in paths)
 
-    if seeds(recipe) >= asked:
+    if (count := seeds(recipe)) >= asked:
         return ""
     where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
     where += f", {models.TITLES[network]}" if network else ""
     shorter = seeds(names.edition(recipe)) >= asked
-    return f"{names.title(recipe)}{where}: {seeds(recipe)} of {asked} seeds" + (SHORTER if shorter else "")
+    return f"{names.title(recipe)}{where}: {count} of {asked} seeds" + (SHORTER if shorter else "")
 
 
 def _verdict(evidence: Mapping[str, Any], found: Shown) -> str:

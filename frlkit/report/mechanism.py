@@ -92,12 +92,14 @@ def dominated(scored: pd.DataFrame, recipe: str, columns: Sequence[str]) -> str:
 
     Beyond chance: the paired t interval (95 %) over seeds lies below 0. Others with too few common seeds do not count.
     """
-    better, compared = [], 0
+    better, compared = [], False
     for other in scored.index.unique("recipe").drop(recipe):
         change = (scored.loc[other][list(columns)] - scored.loc[recipe][list(columns)]).dropna()
-        beyond = min(statistics.mean_interval(change[column])[1] for column in columns)  # NaN without two seeds
-        compared += (enough := len(change) >= rules.FEWEST_SEEDS)
-        if enough and (change.mean() <= 0).all() and beyond < 0:
+        if len(change) < rules.FEWEST_SEEDS:
+            continue
+        compared = True
+        beyond = min(statistics.mean_interval(change[column])[1] for column in columns)
+        if (change.mean() <= 0).all() and beyond < 0:
             better.append(title(other))
     if not compared:
         return f"not compared: no other has {rules.FEWEST_SEEDS} seeds in common with it"
