@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,16 @@ def trained(digits: Dataset) -> nn.Module:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where notebooks of the smoke profile keep their runs, whoever executes them: trained once, reloaded after that.
+
+    Workers of pytest-xdist share it; that of two processes one waits for the other's run is the kit's own business.
+    """
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke_runs"
 
 
 @pytest.fixture(scope="session")

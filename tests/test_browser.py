@@ -66,12 +66,20 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def context(browser: Any) -> Iterator[Any]:
+    """One for all pages: JupyterLab's scripts, megabytes of them, stay in its cache."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
     context.set_default_timeout(5 * MINUTE)
-    yield context.new_page()
+    yield context
     context.close()
+
+
+@pytest.fixture
+def page(context: Any) -> Iterator[Any]:
+    page = context.new_page()
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +150,7 @@ def run_all(page: Any, lab: Lab, name: str) -> None:
     page.locator("#jp-main-statusbar").get_by_text(re.compile(r"^(?!No Kernel).+ \| Idle$")).wait_for()
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
-    page.wait_for_function(ENDED, arg=ERRORS, timeout=25 * MINUTE)
+    page.wait_for_function(ENDED, arg=ERRORS, polling=500, timeout=25 * MINUTE)  # not at every frame
 
 
 @pytest.mark.parametrize(
@@ -154,8 +162,9 @@ def run_all(page: Any, lab: Lab, name: str) -> None:
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else "",
 )
-def test_run_all_in_jupyterlab(source: Path, words: list[str], page: Any, lab: Lab) -> None:
-    count = prepare(source, lab.folder / source.name, *words)
+def test_run_all_in_jupyterlab(source: Path, words: list[str], page: Any, lab: Lab, smoke_runs: Path) -> None:
+    own = [] if source == THEORY else ["-p", "RUNS", str(smoke_runs)]  # what it trains is tests/test_notebooks.py's
+    count = prepare(source, lab.folder / source.name, *words, *own)
     run_all(page, lab, source.name)
     assert page.locator(ERRORS).all_inner_texts() == []
     assert page.locator(".jp-CodeCell").count() == count

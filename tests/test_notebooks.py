@@ -95,8 +95,10 @@ def test_every_notebook_refuses_a_bad_parameter_before_anything_is_made(
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_smoke_profile_runs_anywhere_and_reloads(path: Path, tmp_path: Path) -> None:
-    words = ("papermill", path, tmp_path / "out.ipynb", "-f", SMOKE, "--no-progress-bar")
+def test_smoke_profile_runs_anywhere_and_reloads(path: Path, tmp_path: Path, smoke_runs: Path) -> None:
+    words: tuple[str | Path, ...] = ("papermill", path, tmp_path / "out.ipynb", "-f", SMOKE, "--no-progress-bar")
+    if path != DISPARITY:
+        words += ("-p", "RUNS", smoke_runs)
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list((tmp_path / "output" / "smoke" / "figures").glob(f"{path.name[:2]}_*.png"))
