@@ -74,8 +74,12 @@ class TestSigns:
         records = {"gtsrb": {"pgd_at": [more]}}
         assert "PGD-20 12/255, average" in tables.by_method(records)
         assert all("PGD-20 12/255" in tables.rendered(records, kind).replace("\\/", "/") for kind in tables.FORMATS)
-        both = tables.tidy({"pgd_at": [more], "natural": [self.SIGN]})
-        assert set(both["measure"]) == set(tables.MEASURES)
+        assert tables.radius({"pgd_at": [more]}) == 12
+        quoted = {eps: tables.scores({"pgd_at": [more]}, eps).loc[("pgd_at", 3), "robust worst"] for eps in (None, 8)}
+        assert quoted == pytest.approx({None: 70, 8: 50})  # as they are trained, and as others are
+        mixed = {"pgd_at": [more], "natural": [self.SIGN]}
+        assert set(tables.tidy(mixed)["measure"]) == set(tables.MEASURES)
+        assert tables.radius(mixed) == 8
 
     def test_caption_names_fewer_attack_steps(self) -> None:
         for steps, words in ((2, ", 2 attack steps in training"), (10, ""), (20, "")):

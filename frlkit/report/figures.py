@@ -210,5 +210,15 @@ def save(figure: Figure, path: Path) -> None:
     """Write a PNG, and an SVG of the same name beside it; the same bytes for the same picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.set_layout_engine("none")  # everything has its place now: to find it again takes as long as drawing
     with plt.rc_context({"svg.hashsalt": "frlkit"}):
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+
+
+def show(figure: Figure, path: Path) -> None:
+    """Save a notebook's figure and display the very PNG that was written; pyplot forgets the figure."""
+    from IPython.display import Image, display  # of notebooks: not in the base install
+
+    save(figure, path)
+    plt.close(figure)
+    display(Image(path.read_bytes()))

@@ -20,7 +20,7 @@ from frlkit.report.studies import robust_errors
 pd.set_option("display.html.use_mathjax", False)  # a class may be called "$5" or "a$b$"
 
 RADII = (8, 16)  # of the standard attacks, in 1/255
-SIGNS = 12  # the radius that the paper's traffic signs are trained and attacked at
+SIGNS = 12  # the radius at which the paper's traffic signs are trained and attacked, in 1/255
 MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
 FORMATS = ("text", "markdown", "csv", "json")
 
@@ -48,9 +48,9 @@ def error_table(record: Mapping[str, Any], robust: Sequence[float]) -> pd.DataFr
 def tidy(records: Records) -> pd.DataFrame:
     """One row per recipe, seed, class and measure: error in per cent, and the class's images.
 
-    The measures are `MEASURES`, and behind them the paper's radius for GTSRB where all records have it.
+    The measures are `MEASURES`, and behind them these records' `radius` where it is another.
     """
-    radii, rows = (*RADII, *_more_radii(records)), []
+    radii, rows = dict.fromkeys((*RADII, radius(records))), []
     for recipe, seeds in records.items():
         for record in seeds:
             by_measure = [record["natural"], *(robust_errors(record, eps) for eps in radii)]
@@ -60,17 +60,16 @@ def tidy(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["recipe", "seed", "class", "measure", "error", "images"])
 
 
-def _more_radii(records: Records) -> tuple[int, ...]:
-    """12/255, where these are records of runs on signs."""
+def radius(records: Records) -> int:
+    """Where the robust error of these records is quoted, in 1/255: at 8, on signs at 12, as they are trained."""
     kept = [{each["attack"]["eps_255"] for each in record["attacks"]} for seeds in records.values() for record in seeds]
-    return (SIGNS,) if kept and all(SIGNS in radii for radii in kept) else ()
+    return SIGNS if kept and all(SIGNS in radii for radii in kept) else RADII[0]
 
 
 def note(source: str, network: str, record: Mapping[str, Any]) -> str:
     """What stands behind a figure's title: data set, network, images to train (where the record has them) and to test.
 
-    GTSRB has 26,640 images to train where torchvision downloaded it and 39,209 in full. Fewer attack steps than ten
-    are said, too.
+    GTSRB's download has 26,640 images to train, all of it 39,209. Fewer attack steps than ten are said, too.
     """
     training = f"{sum(record['training_counts']):,} training and " if "training_counts" in record else ""
     few = f", {steps} attack steps in training" if (steps := record.get("config", {}).get("steps", 10)) < 10 else ""
@@ -239,12 +238,13 @@ def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def scores(records: Records, eps_255: float = 8) -> pd.DataFrame:
+def scores(records: Records, eps_255: float | None = None) -> pd.DataFrame:
     """One row per recipe and seed: average over classes and worst class of each error in per cent (paper's Table 1).
 
-    Robust and boundary error are under the standard attack at `eps_255` (in 1/255). Where classes differ in size, the
-    averages over images follow.
+    Robust and boundary error are under the standard attack at `eps_255` (in 1/255), by default these records' `radius`.
+    Where classes differ in size, the averages over images follow.
     """
+    eps_255 = radius(records) if eps_255 is None else eps_255
     rows: dict[tuple[str, int], dict[str, float]] = {}
     kinds: dict[str, np.ndarray]
     for recipe, seeds in records.items():
