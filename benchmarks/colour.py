@@ -1,7 +1,10 @@
 """Colour networks here: the kit against torchattacks and adv-lib, in turn, in one process; bf16 beside float32.
 
     python benchmarks/colour.py --json benchmarks/colour.json                    # or: make bench
-    FRLKIT_DATA=... python benchmarks/colour.py --run RUNS/gtsrb/pgd_at/seed0    # what bf16 changes, as well
+    FRLKIT_DATA=... python benchmarks/colour.py --run checkpoints/gtsrb/pgd_at/seed0 --json benchmarks/colour.json
+
+The second times nothing: it measures what bf16 in an attack changes. A processor without bf16 computes it in software,
+with the same rounding.
 
 Every round runs all ways once on the same images; a ratio is the median of the rounds' ratios. The baselines' network
 is written from torch's layers, or is the kit's own as it is built, without the layout and the folding that are the
@@ -214,26 +217,28 @@ def _stands(model: nn.Module, test: Split, attack: Attack, start: int) -> Tensor
     "--network", "networks", type=click.Choice(list(NETWORKS)), multiple=True, help="Only this; may be repeated."
 )
 @click.option("--device", default="auto", show_default=True)
-@click.option("--run", "place", type=click.Path(path_type=Path), help="A trained run, to compare number formats on.")
+@click.option(
+    "--run", "place", type=click.Path(path_type=Path), help="Time nothing: compare number formats on this run."
+)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there.")
 def main(rounds: int, networks: Sequence[str], device: str, place: Path | None, out: Path | None) -> None:
-    """Time the colour networks with both libraries and with the kit on this machine."""
+    """Time the colour networks with both libraries and with the kit on this machine, or compare number formats."""
     where = data.pick_device(device)
     torch.set_num_threads(1)  # as runs have
-    result: dict[str, Any] = {
+    before = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {"rows": []}
+    machine: dict[str, Any] = {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"{processor()}, one thread",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": torch.cpu._is_avx512_bf16_supported() if where.type == "cpu" else True,
-        "rounds": rounds,
-        "rows": [row for name in networks or NETWORKS for row in rows(name, rounds, where)],
         "versions": {**records.versions(), "torchattacks": torchattacks.__version__, "adv-lib": version("adv-lib")},
     }
-    before = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {"rows": []}
-    if networks:  # the others' rows stay
-        result["rows"] += [row for row in before["rows"] if row["model"] not in networks]
+    if place:
+        result = before | {"formats": formats(place, where) | machine}
+    else:
+        timed = [row for name in networks or NETWORKS for row in rows(name, rounds, where)]
+        kept = [row for row in before["rows"] if networks and row["model"] not in networks]  # the others' rows stay
+        result = before | machine | {"rounds": rounds, "rows": kept + timed}
         result["rows"].sort(key=lambda row: list(NETWORKS).index(row["model"]))
-    if place or "formats" in before:
-        result["formats"] = formats(place, where) if place else before["formats"]
     text = json.dumps(result, indent=1)
     click.echo(text)
     if out:

@@ -233,7 +233,8 @@ def colour_formats() -> str:
         return UNMEASURED
     changed = {**found["largest_class_difference_points"]}
     changed["another attack seed"] = found["largest_class_difference_of_attack_seeds_points"]
-    head = [f"{found['run']}, {found['attack']}; smallest class {found['smallest_class']} images", "change, points"]
+    images = f"{found['test_images']:,} images, {found['smallest_class']} in the smallest class"
+    head = [f"{found['run']}, {found['attack']}; {images}", "largest change of a class, points"]
     return tables.markdown(head, [[name, value] for name, value in changed.items()])
 
 
