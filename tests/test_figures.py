@@ -21,6 +21,7 @@ from frlkit import PROJECT
 from frlkit.report import curves, figures, mechanism, names, tables
 
 SHIPPED = PROJECT / "checkpoints" / "fashion_mnist"
+SIGNS = PROJECT / "checkpoints" / "gtsrb17"
 
 
 def read(recipe: str, seeds: int, name: str = "record") -> list[dict[str, Any]]:
@@ -215,6 +216,33 @@ def test_odd_class_names_are_no_formulas(records: dict[str, Any], tmp_path: Path
         figures.save(figure, tmp_path / f"{name}.png")  # draws every word
         text = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
         assert "two lines" in text
+
+
+def test_many_classes_have_lines_of_their_own_and_a_long_heading_its_lines() -> None:
+    history = json.loads((SIGNS / "algorithm1_remargin" / "seed0" / "history.json").read_text(encoding="utf-8"))
+    record = json.loads((SIGNS / "uniform" / "seed0" / "record.json").read_text(encoding="utf-8"))
+    lines = curves.class_curves([history], record["class_names"], "note").axes[4].get_legend_handles_labels()[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 17
+    note = "a long $heading of a narrow figure · " * 6
+    figure = figures.confusion_map(mechanism.confusion([record], 12), note)
+    figure.canvas.draw()
+    assert figure.get_suptitle().replace("\n", " ").replace("\\$", "$") == note.rstrip()
+    boxes = [text.get_window_extent() for text in (figure._suptitle, *figure.axes[0].get_xticklabels())]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    ends = [box.x1 for box in boxes[1:]]  # names lean to the left of their columns: none under another's end
+    assert np.diff(ends).min() > 0.9 * np.diff(ends).max()
+
+
+def test_a_notebook_shows_what_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    figure, axis = plt.subplots(layout="constrained")
+    axis.set_ylabel("a label")
+    figures.show(figure, tmp_path / "new" / "01_figure.png")
+    (image,) = shown
+    assert image.data == (tmp_path / "new" / "01_figure.png").read_bytes()
+    assert "a label" in (tmp_path / "new" / "01_figure.svg").read_text(encoding="utf-8")
+    assert plt.get_fignums() == []
 
 
 def test_training_curves_and_grid(tmp_path: Path) -> None:

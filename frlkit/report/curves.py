@@ -115,12 +115,13 @@ def class_curves(seeds: Sequence[Mapping[str, Any]], class_names: Sequence[str],
     figure, axes = plt.subplots(1, 5, figsize=(18, 4.4), layout="constrained")
     axes[1].sharey(axes[0])
     axes[3].sharey(axes[2])
-    colours = sns.color_palette("tab10" if len(names) <= 10 else "husl", len(names))
+    styles = [(colour, line) for line in ("-", "--", ":", "-.") for colour in sns.color_palette("tab10", 10)]
     for axis, (heading, values) in zip(axes, panels.items(), strict=True):
         epochs = np.arange(values.shape[1]) + len(seeds[0]["epochs"]) + 1 - values.shape[1]
         spread = values.std(axis=0, ddof=1) if len(seeds) > 1 else np.zeros(values.shape[1:])
-        for name, colour, line, sd in zip(names, colours, values.mean(axis=0).T, spread.T, strict=True):
-            axis.plot(epochs, line, color=colour, label=name)
+        each = zip(names, itertools.cycle(styles), values.mean(axis=0).T, spread.T, strict=False)
+        for name, (colour, style), line, sd in each:
+            axis.plot(epochs, line, style, color=colour, label=name)
             axis.fill_between(epochs, line - sd, line + sd, color=colour, alpha=0.15, linewidth=0)
         _by_epoch(axis, heading, "points" if "above" in heading else "")
     for axis, (kind, tau) in zip(axes, PAPER_TAU.items(), strict=False):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,8 +42,10 @@ def _counts(frame: pd.DataFrame) -> pd.Series:
 
 
 def heading(figure: Figure, *parts: str) -> None:
-    """What a whole figure shows, above it: the parts that are not empty."""
-    figure.suptitle(literal(" · ".join(part for part in parts if part)), x=0.01, ha="left", fontsize=11)
+    """What a whole figure shows, above it: the parts that are not empty, in as many lines as its width asks for."""
+    words = " · ".join(part for part in parts if part)
+    lines = textwrap.wrap(words, int(12 * figure.get_figwidth()), break_long_words=False, break_on_hyphens=False)
+    figure.suptitle(literal("\n".join(lines)), x=0.01, ha="left", fontsize=11)
 
 
 def _named(recipe: str, counts: pd.Series) -> str:
@@ -80,10 +84,14 @@ def _bars(
     style = {"hue_order": measures, "palette": list(colours), "errorbar": spread, "err_kws": {"linewidth": 1}}
     sns.barplot(part, x="class", y="error", hue="measure", order=order, ax=axis, **style)
     axis.set(xlabel="", ylabel="error (%)", ylim=(0, 100))
-    slant = {"rotation": 90, "fontsize": 8} if len(order) > MANY else {"rotation": 35, "ha": "right"}
-    axis.set_xticks(axis.get_xticks(), [literal(name) for name in order], **slant)
+    axis.set_xticks(axis.get_xticks(), [literal(name) for name in order], **_slant(len(order)))
     axis.get_legend().remove()
     axis.grid(axis="y", alpha=0.3)
+
+
+def _slant(count: int) -> dict[str, Any]:
+    """How the names of so many classes stand below an axis."""
+    return {"rotation": 90, "fontsize": 8} if count > MANY else {"rotation": 35, "ha": "right"}
 
 
 def before_after(errors: pd.DataFrame, before: str, after: str, order: Sequence[str], note: str) -> Figure:
@@ -186,11 +194,12 @@ def confusion_map(change: pd.DataFrame, note: str) -> Figure:
     size = float(np.abs(change.to_numpy()).max())
     labels = {"xticklabels": [literal(n) for n in change.columns], "yticklabels": [literal(n) for n in change.index]}
     change = change.round(1) + 0.0  # no minus zero
+    style = {"cmap": "RdBu_r", "vmin": -size, "vmax": size, "annot": len(change) <= MANY, "fmt": ".1f"}
     bar = {"label": "points of the true class: on the diagonal right, elsewhere mistaken"}
-    sns.heatmap(change, annot=True, fmt=".1f", cmap="RdBu_r", vmin=-size, vmax=size, ax=axis, cbar_kws=bar, **labels)
+    sns.heatmap(change, ax=axis, cbar_kws=bar, **style, **labels)
     axis.set(xlabel="ends in (target)", ylabel="true class (source)")
-    axis.tick_params(axis="x", rotation=35)
-    axis.tick_params(axis="y", rotation=0)
+    axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), **_slant(len(change.columns)))
+    axis.tick_params(axis="y", rotation=0, labelsize=8 if len(change) > MANY else None)
     heading(figure, note)
     return figure
 
