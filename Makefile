@@ -1,7 +1,7 @@
 ## make reproduce   the study, end to end: executed notebooks, HTML copies, figures and the claims table under output/
 ## make retrain     the same from nothing, shipped runs ignored
 ##                  both take DATASET=digits (minutes), PROFILE=smoke (does it run at all) or another of notebooks/profiles
-## make test        linter and the whole test suite on two processes, nbval over the notebooks included
+## make test        linter and the whole test suite on three processes, nbval over the notebooks included
 ## make faults      runs that are killed, starved of disk and fed damaged files, and finish as if nothing had happened
 ## make mutants     breaks the kit on purpose: does a test notice each of many seeded faults?
 ## make bench       speed on this machine

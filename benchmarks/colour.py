@@ -233,6 +233,8 @@ def main(rounds: int, networks: Sequence[str], device: str, place: Path | None, 
         "versions": {**records.versions(), "torchattacks": torchattacks.__version__, "adv-lib": version("adv-lib")},
     }
     if place:
+        if networks:
+            raise click.UsageError("--run times nothing: leave out --network")
         result = before | {"formats": formats(place, where) | machine}
     else:
         timed = [row for name in networks or NETWORKS for row in rows(name, rounds, where)]

@@ -20,7 +20,7 @@ settings.register_profile("kit", deadline=None, derandomize=True, print_blob=Tru
 settings.load_profile("kit")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 torch.set_num_threads(1)  # small tensors: quicker, and the same whatever the machine
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too: two workers have two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too: workers share the cores
 
 
 def head_of_each_class(split: Split, count: int) -> Split:

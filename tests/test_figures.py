@@ -207,7 +207,7 @@ def test_odd_class_names_are_no_formulas(records: dict[str, Any], tmp_path: Path
     order = list(dict.fromkeys(errors["class"]))
     drawn = {
         "bars": figures.class_bars(errors, order, "data of folder:$x"),
-        "map": figures.confusion_map(mechanism.confusion(made), "$"),
+        "map": figures.confusion_map(mechanism.confusion(made, 8), "$"),
         "points": figures.one_class(
             pd.DataFrame({"own radius": 1.0, **{f"change, {m}": 1.0 for m in tables.MEASURES}}, index=order), ""
         ),

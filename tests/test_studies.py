@@ -115,6 +115,10 @@ def test_finished_runs_are_read_and_others_left_out(tmp_path: Path) -> None:
     control = names.recipe("Control")
     put(control, 0)
     put(control, 2)
+    put(control, 1)  # being attacked: the record grows attack by attack
+    growing = tmp_path / "fashion_mnist" / control / "seed1" / "record.json"
+    content = json.loads(growing.read_text(encoding="utf-8"))
+    growing.write_text(json.dumps({**content, "attacks": content["attacks"][:1]}), encoding="utf-8")
     put(names.recipe("DAFA"), 0, epochs=3)  # another length than asked for
     titles = ["Control", "DAFA", "Reweight", "no such recipe"]
     found, histories = studies.study(titles, [0, 1, 2], "fashion_mnist", tmp_path, None, **LENGTHS)

@@ -59,6 +59,7 @@ class TestSigns:
 
     SIGN = {
         **record(3, [0.1, 0.3], [0.4, 0.5]),
+        "dataset": "gtsrb",
         "class_names": ["Stop", "Yield"],
         "class_counts": [30, 10],
         "images": 40,
@@ -75,11 +76,12 @@ class TestSigns:
         assert "PGD-20 12/255, average" in tables.by_method(records)
         assert all("PGD-20 12/255" in tables.rendered(records, kind).replace("\\/", "/") for kind in tables.FORMATS)
         assert tables.radius({"pgd_at": [more]}) == 12
+        assert tables.radius({"pgd_at": [{**more, "dataset": "fashion_mnist"}]}) == 8
         quoted = {eps: tables.scores({"pgd_at": [more]}, eps).loc[("pgd_at", 3), "robust worst"] for eps in (None, 8)}
         assert quoted == pytest.approx({None: 70, 8: 50})  # as they are trained, and as others are
-        mixed = {"pgd_at": [more], "natural": [self.SIGN]}
-        assert set(tables.tidy(mixed)["measure"]) == set(tables.MEASURES)
-        assert tables.radius(mixed) == 8
+        for read in (tables.tidy, tables.scores):  # never in silence at another radius
+            with pytest.raises(KitError, match="12/255"):
+                read({"pgd_at": [more], "natural": [self.SIGN]})
 
     def test_caption_names_fewer_attack_steps(self) -> None:
         for steps, words in ((2, ", 2 attack steps in training"), (10, ""), (20, "")):
@@ -238,7 +240,7 @@ class TestMechanism:
     AFTER = [attacked([[9, 1, 0], [5, 4, 1], [0, 2, 8]])]
 
     def test_who_pays_by_hand(self) -> None:
-        found = mechanism.who_pays(self.BEFORE, self.AFTER)
+        found = mechanism.who_pays(self.BEFORE, self.AFTER, 8)
         assert found["own error"].to_dict() == {"a b": -30, "c": 40, "d": 20}
         assert found["taken for it"].to_dict() == {"a b": 40, "c": -10, "d": 0}
         assert found["now goes to"].tolist() == ["–", "a b +40.0", "c +20.0"]
@@ -246,7 +248,7 @@ class TestMechanism:
         assert found["own error"].sum() == found["taken for it"].sum()
 
     def test_confusion_is_a_mean_over_seeds(self) -> None:
-        both = mechanism.confusion([*self.BEFORE, *self.AFTER])
+        both = mechanism.confusion([*self.BEFORE, *self.AFTER], 8)
         assert both.loc["a b"].tolist() == [75, 25, 0]
         with pytest.raises(KitError, match="the record has no PGD-20 at 16/255"):
             mechanism.confusion(self.BEFORE, 16)
@@ -274,7 +276,7 @@ class TestMechanism:
         assert mechanism.smallest_violations({"u": [history]}, tau_nat=0.2, tau_bdy=0.2)["satisfied"].item() == "1 of 1"
 
     def test_who_pays_in_words(self) -> None:
-        words = mechanism.payers(mechanism.who_pays(self.BEFORE, self.AFTER))
+        words = mechanism.payers(mechanism.who_pays(self.BEFORE, self.AFTER, 8))
         assert words.startswith("own robust error: from -30.0 points (a b) to +40.0 (c); ")
         assert words.endswith(": +40.0 % of a class; sum over all classes +30.0 points")
 

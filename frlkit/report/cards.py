@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from frlkit import PROJECT, records, runs
-from frlkit.evaluation import STANDARD
+from frlkit.evaluation import STANDARD, Attack
 from frlkit.recipes import RECIPES
 from frlkit.report import names, studies, tables
 
@@ -75,12 +75,12 @@ def _about(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 
 def _classwise(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Errors by class, in %, means over seeds: natural / under the standard attack."""
+    """Errors by class, in %, means over seeds: natural / under the standard attack at the data set's radius."""
     classes = next(iter(found.values()))[0]["class_names"]
-    rows = []
+    rows, attack = [], Attack(tables.radius(found))
     for recipe, seeds in found.items():
         natural = 100 * np.mean([record["natural"] for record in seeds], axis=0)
-        robust = 100 * np.mean([studies.robust_errors(record, STANDARD[0].eps_255) for record in seeds], axis=0)
+        robust = 100 * np.mean([studies.robust_errors(record, attack.eps_255) for record in seeds], axis=0)
         rows.append([f"`{recipe}`", *(f"{n:.1f} / {r:.1f}" for n, r in zip(natural, robust, strict=True))])
-    sentence = f"Test errors by class in %, means over seeds: natural / under {STANDARD[0]}."
+    sentence = f"Test errors by class in %, means over seeds: natural / under {attack}."
     return [sentence, "", *tables.markdown(["", *classes], rows).splitlines()]

@@ -16,7 +16,7 @@ from frlkit.report.studies import entry_of
 Seeds = Sequence[Mapping[str, Any]]  # of one recipe: a record or a history per seed
 
 
-def confusion(records: Seeds, eps_255: float = 8) -> pd.DataFrame:
+def confusion(records: Seeds, eps_255: float) -> pd.DataFrame:
     """Where the attacked images of each class end, in per cent of the class, mean over seeds: true by predicted class.
 
     Under the standard attack at `eps_255` (in 1/255), which leaves an image that is wrong clean where it is.
@@ -31,7 +31,7 @@ def confusion(records: Seeds, eps_255: float = 8) -> pd.DataFrame:
     return pd.DataFrame(np.mean(shares, axis=0), index=names, columns=[*names, *more])
 
 
-def who_pays(before: Seeds, after: Seeds, eps_255: float = 8) -> pd.DataFrame:
+def who_pays(before: Seeds, after: Seeds, eps_255: float) -> pd.DataFrame:
     """Class by class, what changes from one method to another under attack, in points (mean over seeds).
 
     A class is the *source* of its own errors and the *target* of others'. "own error": the change of its robust error;

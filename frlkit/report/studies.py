@@ -82,7 +82,8 @@ def finished(
 ) -> tuple[Records, Records]:
     """As `study`, of the runs that are finished with exactly this configuration, in however many of the seeds.
 
-    A title without such a run, or without a recipe, is left out: claims about it are not tested.
+    A title without such a run, or without a recipe, is left out: claims about it are not tested. A run that is being
+    attacked at this moment is not finished.
     """
     found: Records = {}
     histories: Records = {}
@@ -93,7 +94,8 @@ def finished(
                 record, history = _results(place)
             except KitError:
                 continue
-            if record.get("config") == history.get("config") == described(config):
+            whole = {Attack(**entry["attack"]) for entry in record["attacks"]} >= {*runs.attacks_on(config)}
+            if whole and record.get("config") == history.get("config") == described(config):
                 found.setdefault(recipe, []).append(record)
                 histories.setdefault(recipe, []).append(history)
     return found, histories
