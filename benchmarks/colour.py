@@ -4,7 +4,7 @@
     FRLKIT_DATA=... python benchmarks/colour.py --run checkpoints/gtsrb/pgd_at/seed0 --json benchmarks/colour.json
 
 The second times nothing: it measures what bf16 in an attack changes. A processor without bf16 computes it in software,
-with the same rounding.
+and takes more than a quarter of an hour.
 
 Every round runs all ways once on the same images; a ratio is the median of the rounds' ratios. The baselines' network
 is written from torch's layers, or is the kit's own as it is built, without the layout and the folding that are the

@@ -164,6 +164,11 @@ def attacks_on(config: Config) -> tuple[Attack, ...]:
     return records.standard(config.dataset, preliminary=not isinstance(config, FairConfig))
 
 
+def all_attacked(record: Mapping[str, Any], config: Config) -> bool:
+    """Whether a record has all of `attacks_on`: it grows attack by attack."""
+    return {Attack(**entry["attack"]) for entry in record["attacks"]} >= {*attacks_on(config)}
+
+
 def write_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], classes: int) -> None:
     """A model's weights as safetensors, with configuration, number of classes and a digest in the header."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}

@@ -94,8 +94,8 @@ def finished(
                 record, history = _results(place)
             except KitError:
                 continue
-            whole = {Attack(**entry["attack"]) for entry in record["attacks"]} >= {*runs.attacks_on(config)}
-            if whole and record.get("config") == history.get("config") == described(config):
+            same = record.get("config") == history.get("config") == described(config)
+            if same and runs.all_attacked(record, config):
                 found.setdefault(recipe, []).append(record)
                 histories.setdefault(recipe, []).append(history)
     return found, histories

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from frlkit import KitError, checkpoint
-from frlkit.records import read
+from frlkit.records import read, standard
 from frlkit.report import statistics as numbers
 from frlkit.report.names import plain
 from frlkit.report.studies import robust_errors
@@ -62,8 +62,8 @@ def tidy(records: Records) -> pd.DataFrame:
 
 def radius(records: Records) -> int:
     """Where the robust error of these records is quoted, in 1/255: at 8, on signs at 12, as they are trained."""
-    every = [record.get("dataset", "") for seeds in records.values() for record in seeds]
-    return SIGNS if any(name.startswith("gtsrb") for name in every) else RADII[0]
+    own = {int(a.eps_255) for seeds in records.values() for r in seeds for a in standard(r.get("dataset", ""))}
+    return max(own - {*RADII}, default=RADII[0])
 
 
 def note(source: str, network: str, record: Mapping[str, Any]) -> str:

@@ -21,7 +21,6 @@ from torch import nn
 from tqdm import tqdm
 
 from frlkit import KitError, checkpoint, data, disk, recipes, records, runs
-from frlkit.evaluation import Attack
 from frlkit.recipes import Config
 from frlkit.scale.sweeps import Engine, Run
 
@@ -222,8 +221,7 @@ def receive(run: Run, files: Mapping[str, bytes]) -> None:
         raise KitError("the worker's record has errors other than those of the images that it counts")
     if records.OUTCOMES in files and not kept:
         raise KitError("the worker's outcomes are of other weights than it sent")
-    done = {Attack(**entry["attack"]) for entry in record["attacks"]}
-    if len(history["epochs"]) != run.config.epochs or not done >= set(runs.attacks_on(run.config)):
+    if len(history["epochs"]) != run.config.epochs or not runs.all_attacked(record, run.config):
         raise KitError("the worker sent an unfinished run")
     with disk.only_one(run.folder):
         for name in runs.FILES:

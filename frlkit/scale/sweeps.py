@@ -33,7 +33,7 @@ from typing import Any
 from tqdm import tqdm
 
 from frlkit import KitError, checkpoint, data, disk, recipes, records, runs, took, watched
-from frlkit.evaluation import STANDARD, Attack
+from frlkit.evaluation import STANDARD
 from frlkit.recipes import Config, FairConfig
 from frlkit.values import shown, to_text
 
@@ -77,8 +77,7 @@ class Run:
         if own := images_there(self.config.dataset):
             runs.refuse_other_images(path, record, own.with_validation(self.config.validation))
         # a kill between two attacks leaves a record with the first, one after the last a lock or the checkpoints
-        attacks = {Attack(**entry["attack"]) for entry in record["attacks"]}
-        return attacks >= set(runs.attacks_on(self.config)) and runs.at_rest(self.folder)
+        return runs.all_attacked(record, self.config) and runs.at_rest(self.folder)
 
 
 def images_there(dataset: str) -> data.Dataset | None:
