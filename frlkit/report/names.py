@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "PGD-AT, five steps": "pgd_at,steps=5",
     "N-FGSM, one step": "n_fgsm",
     "TRADES": "trades",
+    "PGD-AT at full width": "pgd_at,model=preact_resnet18",
     # the kit's retraining loop, and what differs from a method in one thing
     "Control": "uniform",
     "Reweight": "algorithm1_reweight",
@@ -69,21 +70,18 @@ METHODS: dict[str, str] = {
     "Report's Remargin control": "report_remargin,alpha_nat=0,alpha_margin=0",
 }
 
-#: What the shipped runs of the report's and the authors' recipes still are, until those at full length are finished:
-#: said in every notebook that reads them. ``sweeps/published.yaml`` trains the others; then this goes.
+#: What the shipped runs of the report's recipes still are, until those at full length are finished: said in every
+#: notebook that reads them. ``sweeps/published.yaml`` trains the others; then this goes.
 EDITION = (
-    "Where nothing else is said, the authors' and the report's recipes are read in the first edition's lengths: the "
-    "authors' forty updates in eight epochs; the report's recipes for eight epochs, from the whole-batch model, a "
-    "tenth of the images set aside and not a fifth, boundary errors of wrong predictions and not of changed ones, its "
-    "weights estimated 27 times an epoch and its radii four times. sweeps/published.yaml trains them as published."
+    "Where nothing else is said, the report's recipes are read in the first edition's length: eight epochs, from the "
+    "whole-batch model, a tenth of the images set aside and not a fifth, boundary errors of wrong predictions and not "
+    "of changed ones, its weights estimated 27 times an epoch and its radii four times. sweeps/published.yaml trains "
+    "them as published."
 )
 REPORT_START = "PGD-AT"  # of the report's recipes in that edition; then "PGD-AT, half of each batch"
 _SHORT = {
-    **{f"official_{kind}": ",epochs=8,updates=5" for kind in ("uniform", "reweight", "remargin", "both")},
-    **{
-        f"report_{kind}": f",epochs=8,validation=0.1,start=pgd_at,updates={updates},boundary=wrong"
-        for kind, updates in (("uniform", 4), ("reweight", 27), ("remargin", 4))
-    },
+    f"report_{kind}": f",epochs=8,validation=0.1,start=pgd_at,updates={updates},boundary=wrong"
+    for kind, updates in (("uniform", 4), ("reweight", 27), ("remargin", 4))
 }
 
 

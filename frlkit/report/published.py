@@ -21,16 +21,16 @@ REPORT: dict[str, dict[str, tuple[float, ...]]] = {
 #: CIFAR-10 in the paper's text (PGD-AT, l-inf 8/255): errors in per cent of its easiest and its hardest class.
 PAPER_CIFAR10 = {"automobile": {"natural": 7.0, "robust": 33.0}, "cat": {"natural": 40.9, "robust": 82.6}}
 
-#: CIFAR-10, PreAct-ResNet-18, errors in per cent: recipe -> `tables.scores` column -> what others found who ran the
+#: CIFAR-10, PreAct-ResNet-18, errors in per cent: title -> `tables.scores` column -> what others found who ran the
 #: authors' code (1 run, 8 evaluations: mean and, where known, range).
 RERUNS = {
-    "official_reweight": {
+    "Reweight": {
         "natural worst": "28.2 (26.6 to 30.2)",
         "boundary worst": "53.0",
         "robust average": "52.6",
         "robust worst": "76.2 (72.8 to 78.2)",
     },
-    "official_both": {
+    "Reweight + Remargin": {
         "natural worst": "29.6",
         "boundary worst": "48.3",
         "robust average": "52.3",
