@@ -55,8 +55,9 @@ class TestSigns:
         monkeypatch.setattr(documents, "PROJECT", tmp_path)
         return tmp_path
 
-    def put(self, project: Path, recipe: str, seed: int, robust: list[float]) -> None:
+    def put(self, project: Path, recipe: str, seed: int, robust: list[float], dataset: str = "gtsrb") -> None:
         natural, counts = [0.1, 0.3], [30, 10]
+        own = {"seed": seed, "dataset": dataset, "model": "resnet18" if "model" in recipe else "cnn3", "epochs": 15}
         wrong = [round(error * count) for error, count in zip(robust, counts, strict=True)]
         errors = {
             "robust": robust,
@@ -64,14 +65,33 @@ class TestSigns:
             "confusion": [[30 - wrong[0], wrong[0]], [wrong[1], 10 - wrong[1]]],
         }
         record = {
-            **{"dataset": "gtsrb", "class_names": ["Stop", "Yield"], "class_counts": counts, "images": 40},
-            **{"training_counts": [300, 100], "natural": natural, "config": {"seed": seed, "dataset": "gtsrb"}},
+            **{"dataset": dataset, "class_counts": counts, "images": 40, "config": own},
+            **{"training_counts": [300, 100], "natural": natural},
+            "class_names": ["Stop", "Yield"] if dataset == "gtsrb" else ["automobile", "cat"],
             "attacks": [{"attack": vars(Attack(float(eps))), **errors} for eps in (8, 16, 12)],
         }
-        checkpoint.write_json(project / "checkpoints" / "gtsrb" / recipe / f"seed{seed}" / "record.json", record)
+        checkpoint.write_json(project / "checkpoints" / dataset / recipe / f"seed{seed}" / "record.json", record)
 
     def test_nothing_yet(self, project: Path) -> None:
-        assert {documents.signs(), documents.steps(), documents.split()} == {documents.UNMEASURED}
+        of_cifar10 = documents.TABLES["cifar10"]()
+        assert {documents.signs(), documents.steps(), documents.split(), of_cifar10} == {documents.UNMEASURED}
+        assert all(line.endswith(f"{documents.UNMEASURED} |") for line in documents.paper_scale().splitlines()[2:])
+
+    def test_cifar10_in_both_widths_by_hand(self, project: Path) -> None:
+        for seed in (0, 1):
+            self.put(project, "pgd_at", seed, [0.4, 0.8 + 0.1 * seed], "cifar10")
+        self.put(project, "pgd_at,model=preact_resnet18", 0, [0.5, 0.6], "cifar10")
+        self.put(project, "algorithm1_reweight", 0, [0.2, 0.7], "cifar10")
+        head, _, *lines = documents.paper_scale().splitlines()
+        assert head.endswith("| ours, 3-layer CNN (PGD-AT: 15 epochs) | ours, ResNet-18 (PGD-AT: 15 epochs) |")
+        assert "| PGD-AT, cat, natural error | 40.9 |  | 30.0 | 30.0 |" in lines
+        assert "| PGD-AT, cat, robust error | 82.6 |  | 85.0 | 60.0 |" in lines
+        assert "| Reweight, robust worst |  | 76.2 (72.8 to 78.2) | 70.0 | not measured yet |" in lines
+        assert [line.split(" | ")[0] for line in documents.TABLES["cifar10"]().splitlines()[2:]] == [
+            "| PGD-AT",
+            "| PGD-AT at full width",
+            "| Reweight",
+        ]
 
     def test_by_hand(self, project: Path) -> None:
         for seed in (0, 1):

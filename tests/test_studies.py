@@ -39,7 +39,7 @@ def test_lengths(recipe: str, frl_epochs: int, expected: dict[str, int]) -> None
 
 def test_a_length_that_was_asked_for_wins_over_the_first_editions(tmp_path: Path) -> None:
     """In its configuration and in its folder's name; a length that the user wrote into a recipe stays."""
-    short, own = names.recipe("Authors' both"), "official_both,epochs=9"
+    short, own = names.recipe("Report's control"), "report_uniform,epochs=9"
     for recipe, asked, epochs in ((short, 0, 8), (short, 2, 2), (own, 2, 9), ("uniform", 2, 2)):
         config, place = studies._run(recipe, "digits", 0, tmp_path, **{**LENGTHS, "frl_epochs": asked})
         assert config.epochs == epochs

@@ -52,16 +52,18 @@ def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
     """Missing runs of a title (or recipe), as words; empty where there are enough."""
     dataset, asked = evidence.get("data", "fashion_mnist"), evidence.get("seeds", 1)
     recipe = names.METHODS.get(evidence["runs"], evidence["runs"])  # as it stands now, not `names.edition`
-    place, network = found.project / "checkpoints" / dataset, evidence.get("model")
+    place = found.project / "checkpoints" / dataset
+    own = {key: evidence[key] for key in ("model", "epochs") if key in evidence}
 
     def seeds(name: str) -> int:
-        paths = (place / name).glob("seed*/record.json")
-        return sum(network is None or read(path)["config"]["model"] == network for path in paths)
+        configs = [read(path)["config"] for path in (place / name).glob("seed*/record.json")]
+        return sum(config | own == config for config in configs)
 
     if (count := seeds(recipe)) >= asked:
         return ""
     where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
-    where += f", {models.TITLES[network]}" if network else ""
+    where += f", {models.TITLES[evidence['model']]}" if "model" in evidence else ""
+    where += f", {evidence['epochs']} epochs" if "epochs" in evidence else ""
     shorter = seeds(names.edition(recipe)) >= asked
     return f"{names.title(recipe)}{where}: {count} of {asked} seeds" + (SHORTER if shorter else "")
 

@@ -129,8 +129,9 @@ def paper_scale() -> str:
     networks = [shipped([t for t in names.METHODS if ("full width" in t) is full], "cifar10") for full in (False, True)]
     heads = []
     for found in networks:
-        config = next(iter(found.values()))[0]["config"] if found else {"model": "preact_resnet18", "epochs": 0}
-        heads.append(f"ours, {models.TITLES[config['model']]} (PGD-AT: {config['epochs']} epochs)")
+        config = next(iter(found.values()))[0]["config"] if found else {}
+        about = f", {models.TITLES[config['model']]} (PGD-AT: {config['epochs']} epochs)" if found else ""
+        heads.append(f"ours{about}")
     rows = []
     for name, errors in published.PAPER_CIFAR10.items():
         for kind, value in errors.items():
@@ -173,7 +174,7 @@ def signs() -> str:
 def steps() -> str:
     """Cheaper attacks in training beside ten steps, class by class: from the shipped runs of ``sweeps/steps.yaml``."""
     lines = []
-    for dataset, eps in (("fashion_mnist", 8), ("gtsrb", tables.SIGNS)):
+    for dataset, eps in (("fashion_mnist", 8), ("gtsrb", tables.SIGNS), ("gtsrb17", tables.SIGNS)):
         for recipe in ("pgd_at,steps=5", "n_fgsm", "pgd_at,precision=float32"):
             errors = tables.tidy(found) if len(found := shipped([recipe, "pgd_at"], dataset)) == 2 else None
             for measure in () if errors is None else ("natural", f"PGD-20 {eps}/255"):

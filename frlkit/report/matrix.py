@@ -17,12 +17,12 @@ from frlkit import PROJECT, KitError, checkpoint
 from frlkit.report import claims, names, tables
 
 HOME = "fashion_mnist"
-#: The columns, and of each why there may be nothing: which of ``sweeps/`` makes it; SVHN is a user's own download.
+#: The columns, and of each why there may be nothing; SVHN is a user's own download.
 DATASETS = {
     HOME: "not asked",
     "gtsrb": "no runs",
-    "gtsrb17": "no runs: signs.yaml",
-    "cifar10": "no runs: cifar10.yaml",
+    "gtsrb17": "no runs",
+    "cifar10": "no runs",
     "svhn": "no data",
 }
 KEPT = "claims.json"

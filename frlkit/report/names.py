@@ -58,6 +58,7 @@ METHODS: dict[str, str] = {
     # the authors' code
     "Authors' control": "official_uniform",
     "Authors' Reweight": "official_reweight",
+    "Authors' Reweight, tolerance of both": "official_reweight,tau_nat=0.07,tau_bdy=0.07",
     "Authors' natural multipliers alone": "official_remargin,alpha_margin=0",
     "Authors' Remargin": "official_remargin",
     "Authors' both": "official_both",
@@ -122,6 +123,7 @@ CONTROLS: dict[str, str] = {
     "Certified Remargin": "Certified control",
     "Baseline reweight": "Baseline control",
     "Authors' Reweight": "Authors' control",
+    "Authors' Reweight, tolerance of both": "Authors' control",
     "Authors' natural multipliers alone": "Authors' control",
     "Authors' Remargin": "Authors' natural multipliers alone",
     "Authors' both": "Authors' control",
