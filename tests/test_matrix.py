@@ -62,7 +62,7 @@ class TestCollect:
         says = claims.statements()["both-robust"]
         cells = lines[f"| {says['source']}: {says['says']}"]
         assert cells[1:4] == ["confirmed: 1.0 ± 0.1 points", "no runs", "carries over: 2.0 %"]
-        assert cells[4].startswith("no runs: cifar10.yaml")
+        assert cells[4].startswith("not run there")
         assert "carries over to" not in " ".join(cells)
         counted = matrix.carried(project)
         assert "| carries over |  |  | 1 |  |  |" in counted
@@ -77,7 +77,7 @@ class TestCollect:
         matrix.collect(tmp_path / "output", project)
         lines = {line.split(" | ")[0]: line.split(" | ") for line in matrix.table(project).splitlines()}
         cells = lines[f"| {claims.statements()['both-robust']['source']}: {claims.statements()['both-robust']['says']}"]
-        assert cells[3:5] == ["not asked there", "no runs: cifar10.yaml"]
+        assert cells[3:5] == ["not asked there", "not run there"]
 
     def test_nothing_to_keep(self, project: Path, tmp_path: Path) -> None:
         write(tmp_path / "output" / "05_x.ipynb", row("confirmed", "A: 1.0 %", dataset="Fashion-MNIST"))

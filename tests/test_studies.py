@@ -47,6 +47,14 @@ def test_a_length_that_was_asked_for_wins_over_the_first_editions(tmp_path: Path
             assert f",epochs={epochs}" in place.parent.name
 
 
+def test_the_authors_recipes_are_read_at_their_own_length(tmp_path: Path) -> None:
+    assert names.recipe("Authors' both") == "official_both"
+    assert names.title("official_both,epochs=8,updates=5") not in names.METHODS  # the first edition's
+    for asked, epochs in ((0, 40), (4, 4)):
+        config, place = studies._run("official_both", "digits", 0, tmp_path, **{**LENGTHS, "frl_epochs": asked})
+        assert (config.epochs, config.updates, place.parent.name) == (epochs, 1, "official_both")
+
+
 def test_a_network_of_ones_own_is_also_the_starts() -> None:
     values = studies.values("uniform", **LENGTHS, model="preact_resnet18_w16")
     config = configure("uniform", "cifar10", 0, **values)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from frlkit import PROJECT, KitError, models
+from frlkit import PROJECT, KitError
 from frlkit.evaluation import Attack
 from frlkit.records import read
 from frlkit.report import claims, names, tables
@@ -53,17 +53,13 @@ def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
     dataset, asked = evidence.get("data", "fashion_mnist"), evidence.get("seeds", 1)
     recipe = names.METHODS.get(evidence["runs"], evidence["runs"])  # as it stands now, not `names.edition`
     place = found.project / "checkpoints" / dataset
-    own = {key: evidence[key] for key in ("model", "epochs") if key in evidence}
 
     def seeds(name: str) -> int:
-        configs = [read(path)["config"] for path in (place / name).glob("seed*/record.json")]
-        return sum(config | own == config for config in configs)
+        return len(list((place / name).glob("seed*/record.json")))
 
     if (count := seeds(recipe)) >= asked:
         return ""
     where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
-    where += f", {models.TITLES[evidence['model']]}" if "model" in evidence else ""
-    where += f", {evidence['epochs']} epochs" if "epochs" in evidence else ""
     shorter = seeds(names.edition(recipe)) >= asked
     return f"{names.title(recipe)}{where}: {count} of {asked} seeds" + (SHORTER if shorter else "")
 

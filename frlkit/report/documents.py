@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from frlkit import PROJECT, KitError, checkpoint, models, recipes, records
-from frlkit.report import cards, claims, coverage, front, matrix, names, published, studies, tables
+from frlkit.report import cards, claims, coverage, front, matrix, names, published, tables
 
 DOCUMENTS = ("README.md", "REPORT.md", "docs/results.md", "docs/speed.md")
 CARD = "checkpoints/README.md"
@@ -23,7 +23,7 @@ FAIR = (
     *("Reweight", "Remargin", "Reweight + Remargin", "DAFA"),
     *("Baseline control", "Baseline reweight", "Biases of PGD-AT moved", "Biases of the control moved"),
     "Output norms of PGD-AT tuned",
-    *("Authors' control", "Authors' Reweight", "Authors' Remargin", "Authors' both"),
+    *(title for title in names.METHODS if title.startswith("Authors'")),
 )
 UNMEASURED = "not measured yet"
 _TABLE = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -125,30 +125,28 @@ def speed() -> str:
 
 
 def paper_scale() -> str:
-    """CIFAR-10: the paper's text, independent reruns, and the shipped runs of both widths, means over seeds."""
-    networks = [shipped([t for t in names.METHODS if ("full width" in t) is full], "cifar10") for full in (False, True)]
-    heads = []
-    for found in networks:
-        config = next(iter(found.values()))[0]["config"] if found else {}
-        about = f", {models.TITLES[config['model']]} (PGD-AT: {config['epochs']} epochs)" if found else ""
-        heads.append(f"ours{about}")
+    """CIFAR-10: the paper's text, independent reruns, and the shipped runs, a column a network, means over seeds."""
+    networks: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for recipe, seeds in shipped(list(names.METHODS), "cifar10").items():
+        networks.setdefault(seeds[0]["config"]["model"], {})[recipe.partition(",model=")[0]] = seeds
+    heads = [f"ours, {models.TITLES[network]}" for network in networks] or ["ours"]
+
+    def ours(title: str, measured: Callable[[tables.Records], float]) -> list[str]:
+        recipe = names.recipe(title)
+        there = [{recipe: runs[recipe]} if recipe in runs else {} for runs in networks.values()] or [{}]
+        return [f"{measured(found):.1f}" if found else UNMEASURED for found in there]
+
     rows = []
     for name, errors in published.PAPER_CIFAR10.items():
         for kind, value in errors.items():
-            cells = []
-            for found in networks:
-                seeds = next((found[recipe] for recipe in found if recipe.split(",")[0] == "pgd_at"), [])
-                of = [s["natural"] if kind == "natural" else studies.robust_errors(s, 8) for s in seeds]
-                wrong = [100 * e[s["class_names"].index(name)] for e, s in zip(of, seeds, strict=True)]
-                cells.append(f"{sum(wrong) / len(wrong):.1f}" if wrong else UNMEASURED)
+            measure = "natural" if kind == "natural" else "PGD-20 8/255"
+            cells = ours("PGD-AT", lambda r, n=name, m=measure: tables.classwise(tables.tidy(r), "pgd_at", m)[n].mean())
             rows.append([f"PGD-AT, {name}, {kind} error", f"{value:.1f}", "", *cells])
     for title, columns in published.RERUNS.items():
-        found = shipped([title], "cifar10")
-        means = tables.scores(found).mean() if found else {}
         for column, value in columns.items():
-            ours = f"{means[column]:.1f}" if found else UNMEASURED
-            rows.append([f"{title}, {column}", "", value, ours, UNMEASURED])
-    rows += [["SVHN, any method", "no numbers in the text", "", UNMEASURED, UNMEASURED]]
+            cells = ours(title, lambda r, c=column: tables.scores(r)[c].mean())
+            rows.append([f"{title} (others: the authors' code), {column}", "", value, *cells])
+    rows += [["SVHN, any method", "no numbers in the text", "", *(UNMEASURED for _ in heads)]]
     return tables.markdown(["CIFAR-10, errors in %", "paper", "reruns by others", *heads], rows)
 
 

@@ -21,8 +21,8 @@ HOME = "fashion_mnist"
 DATASETS = {
     HOME: "not asked",
     "gtsrb": "no runs",
-    "gtsrb17": "no runs",
-    "cifar10": "no runs",
+    "gtsrb17": "not run there",
+    "cifar10": "not run there",
     "svhn": "no data",
 }
 KEPT = "claims.json"

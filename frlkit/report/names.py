@@ -17,7 +17,7 @@ METHODS: dict[str, str] = {
     "PGD-AT, five steps": "pgd_at,steps=5",
     "N-FGSM, one step": "n_fgsm",
     "TRADES": "trades",
-    "PGD-AT at full width": "pgd_at,model=preact_resnet18",
+    "PGD-AT, PreAct-ResNet-18": "pgd_at,model=preact_resnet18",
     # the kit's retraining loop, and what differs from a method in one thing
     "Control": "uniform",
     "Reweight": "algorithm1_reweight",
