@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
-from frlkit import PROJECT, KitError, training
+from frlkit import PROJECT, KitError, evaluation, records, training
 from frlkit.data import Dataset
 from frlkit.recipes import configure, described, start_of
 from frlkit.report import names, studies
@@ -53,6 +54,35 @@ def test_the_authors_recipes_are_read_at_their_own_length(tmp_path: Path) -> Non
     for asked, epochs in ((0, 40), (4, 4)):
         config, place = studies._run("official_both", "digits", 0, tmp_path, **{**LENGTHS, "frl_epochs": asked})
         assert (config.epochs, config.updates, place.parent.name) == (epochs, 1, "official_both")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_record_is_checked_on_all_images_or_of_colour_ones_on_a_batch(
+    channels: int, sound: nn.Module, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image of a class may be another, two may not."""
+    for module in (studies, evaluation):
+        monkeypatch.setattr(module, "BATCH", 20)
+    tiny = replace(tiny, test=replace(tiny.test, images=tiny.test.images.expand(-1, channels, -1, -1)))
+    network = sound if channels == 1 else nn.Sequential(nn.Conv2d(3, 1, 1, bias=False), sound).eval()
+    monkeypatch.setattr(studies.runs, "load", lambda *_: network)
+    path = tmp_path / "digits" / "uniform" / "seed0" / "record.json"
+    record = records.evaluate(network, tiny, path=path, about={"config": {"seed": 0}})
+
+    def said() -> str:
+        return studies.recheck({"uniform": [record]}, "uniform", tmp_path, tiny, **LENGTHS)
+
+    assert ("20 of the test images" in said()) is (channels == 3)
+    kept, labels = records.outcomes(path.with_name(records.OUTCOMES)), tiny.test.labels[:20].numpy()
+    monkeypatch.setattr(records, "outcomes", lambda *_: kept)
+    alike = {k: np.flatnonzero((labels == k) & kept["clean"][:20])[:2] for k in range(10)}
+    label = next(k for k, two in alike.items() if len(two) == 2)
+    for index in alike[label]:
+        said()
+        kept["clean"][index] = False
+        record["natural"][label] += 0.2
+    with pytest.raises(KitError, match=rf"uniform, clean: . images of {label} are wrong here, and . by the record"):
+        said()
 
 
 def test_a_network_of_ones_own_is_also_the_starts() -> None:
