@@ -74,6 +74,8 @@ def test_a_record_is_checked_on_all_images_or_of_colour_ones_on_a_batch(
 
     assert ("20 of the test images" in said()) is (channels == 3)
     kept, labels = records.outcomes(path.with_name(records.OUTCOMES)), tiny.test.labels[:20].numpy()
+    monkeypatch.setattr(records, "outcomes", lambda *_: {"clean": kept["clean"]})  # without the attacks': all images
+    assert "test images" not in said()
     monkeypatch.setattr(records, "outcomes", lambda *_: kept)
     alike = {k: np.flatnonzero((labels == k) & kept["clean"][:20])[:2] for k in range(10)}
     label = next(k for k, two in alike.items() if len(two) == 2)

@@ -134,10 +134,11 @@ def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengt
     record, test, some = found[recipe][0], tensors.test, ""
     config, place = _run(recipe, tensors.name, record["config"]["seed"], folder, **lengths)
     model = runs.load(place, config, test.labels.device)
-    kept, share = records.outcomes(place / records.OUTCOMES, record["weights_sha256"]), 0.005
-    if kept and test.images.shape[1] == 3 and len(test) > BATCH:
+    attacks, share = records.standard(tensors.name), 0.005
+    kept = records.outcomes(place / records.OUTCOMES, record["weights_sha256"])
+    if {*map(str, attacks)} <= {*kept} and test.images.shape[1] == 3 and len(test) > BATCH:
         test, some, share = test.take(torch.arange(BATCH)), f", {BATCH:,} of the test images", 0.05
-    for attack in records.standard(tensors.name):
+    for attack in attacks:
         labels, clean, attacked = predictions(model, test, attack)
         images, robust = np.bincount(labels, minlength=len(tensors.class_names)), robust_errors(record, attack.eps_255)
         right = {"clean": clean == labels, str(attack): (clean == labels) & (attacked == labels)}
