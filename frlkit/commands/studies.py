@@ -211,7 +211,8 @@ def table(runs: tuple[Path, ...], kind: str, output: Path | None) -> None:
 def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
     """Attack the weights of every finished run again and compare with its record; print the largest difference.
 
-    Float rounding may flip single images on another processor, hence the tolerance.
+    Float rounding may flip single images on another processor, and a GPU's random starts are others than a CPU's, hence
+    the tolerance: an image of a class of 60 is 1.67 points.
     """
     from frlkit import data
     from frlkit.report.studies import verify as recompute
