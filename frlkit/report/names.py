@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "Remargin": "algorithm1_remargin",
     "Reweight + Remargin": "algorithm1_both",
     "Reweight, joint constraint": "joint_reweight",
+    "Joint constraint, half the bound": "joint_reweight,bound=0.25",
     "Natural multipliers alone": "natural_only",
     "Boundary multipliers alone": "boundary_only",
     "Radii alone": "radii_only",
@@ -99,7 +100,9 @@ def lasting(recipe: str, epochs: int) -> str:
     return recipe.removesuffix(short) + short.replace("epochs=8", f"epochs={epochs}")
 
 
-TITLES: dict[str, str] = {edition(recipe): name for name, recipe in METHODS.items()}
+#: Recipe -> title; that of a run in the first edition's length says so.
+TITLES: dict[str, str] = {edition(recipe): f"{name} (first edition)" for name, recipe in METHODS.items()}
+TITLES |= {recipe: name for name, recipe in METHODS.items()}
 
 #: Title -> the title of its control: the same loop, start and length without what the method adds.
 CONTROLS: dict[str, str] = {
@@ -107,6 +110,7 @@ CONTROLS: dict[str, str] = {
     "Remargin": "Natural multipliers alone",
     "Reweight + Remargin": "Control",
     "Reweight, joint constraint": "Control",
+    "Joint constraint, half the bound": "Control",
     "Natural multipliers alone": "Control",
     "Boundary multipliers alone": "Control",
     "Radii alone": "Control",
@@ -162,15 +166,13 @@ _FIELDS |= {"tau_nat": "τ natural", "tau_bdy": "τ boundary"}
 
 def title(recipe: str) -> str:
     """What a recipe is called: its title, or that of what it varies with the fields that differ, in words."""
-    if edition(recipe) in TITLES:
-        return TITLES[edition(recipe)]
     if recipe in TITLES:
         return TITLES[recipe]
-    base, *fields = recipe.removesuffix(_SHORT.get(recipe.split(",")[0], "")).split(",")
-    known = RECIPES[base].title if base in RECIPES else base.replace("_", " ")
+    base, *fields = recipe.removesuffix(short := _SHORT.get(recipe.split(",")[0], "")).split(",")
+    known = TITLES.get(base, RECIPES[base].title if base in RECIPES else base.replace("_", " "))
     pairs = [field.partition("=") for field in fields]
-    known = TITLES.get(edition(base), known)
-    return ", ".join([known, *(f"{_FIELDS.get(k, k.replace('_', ' '))} {v}" for k, _, v in pairs)])
+    edited = " (first edition)" if short and recipe.endswith(short) else ""
+    return ", ".join([known, *(f"{_FIELDS.get(k, k.replace('_', ' '))} {v}" for k, _, v in pairs)]) + edited
 
 
 def recipe(name: str) -> str:
