@@ -127,17 +127,18 @@ def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengt
     """Attack the first seed's weights again, here and now, with `standard`'s attacks; says that they agree with the
     record.
 
-    Of colour images, of which all would take a CPU half an hour, one batch: beside the outcomes that were kept of them.
+    Where the outcomes of its test images were kept, one batch of them, class by class beside those; else all images.
     Raises `KitError` where a class's error is other than the record's by more than one image, or half a per cent of
-    its images, which rounding may change on another machine; or a twentieth of a batch's, as a GPU's random starts do.
+    its images, which rounding may change on another machine; of colour images a twentieth, as a GPU's random starts do.
     """
     record, test, some = found[recipe][0], tensors.test, ""
     config, place = _run(recipe, tensors.name, record["config"]["seed"], folder, **lengths)
     model = runs.load(place, config, test.labels.device)
     attacks, share = records.standard(tensors.name), 0.005
     kept = records.outcomes(place / records.OUTCOMES, record["weights_sha256"])
-    if {*map(str, attacks)} <= {*kept} and test.images.shape[1] == 3 and len(test) > BATCH:
-        test, some, share = test.take(torch.arange(BATCH)), f", {BATCH:,} of the test images", 0.05
+    if {*map(str, attacks)} <= {*kept} and len(test) > BATCH:
+        share = 0.05 if test.images.shape[1] == 3 else share
+        test, some = test.take(torch.arange(BATCH)), f", {BATCH:,} of the test images"
     for attack in attacks:
         labels, clean, attacked = predictions(model, test, attack)
         images, robust = np.bincount(labels, minlength=len(tensors.class_names)), robust_errors(record, attack.eps_255)
