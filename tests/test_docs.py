@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -112,7 +113,7 @@ class TestSigns:
 
 
 class TestCoverage:
-    FOUND = coverage.Shown(PROJECT, {"report-25": "confirmed"}, [("Theorem 9: x", "confirmed")], {"07": "a word"})
+    FOUND = coverage.Shown(PROJECT, {"report-25": "confirmed"}, [("Theorem 9: x", "confirmed")], {"07": "a word"}, {})
 
     def test_rows_are_numbered_whole_and_judged_by_what_is_there(self) -> None:
         rows = coverage.rows()
@@ -140,7 +141,7 @@ class TestCoverage:
             ),
             ({"shown": [{"runs": "pgd_at,model=preact_resnet18", "data": "cifar10"}]}, "R", ""),
             ({"shown": [{"says": "07", "text": "a word"}, {"file": "README.md"}]}, "R", ""),
-            ({"shown": [{"says": "08", "text": "a word"}]}, "N", "notebook 08 does not have it"),
+            ({"shown": [{"says": "08", "text": "a word"}]}, "N", "notebook 08 does not print it"),
             ({"shown": [{"attack": 8, "of": "PGD-AT"}]}, "R", ""),
             ({"shown": [{"attack": 5, "of": "PGD-AT"}]}, "B", "PGD-AT: no PGD-20 at 5/255, step 2/255"),
         ],
@@ -148,14 +149,31 @@ class TestCoverage:
     def test_status(self, row: dict[str, Any], letter: str, reason: str) -> None:
         assert coverage.status(row, self.FOUND) == (letter, reason)
 
+    def test_only_what_a_cell_prints_is_evidence(self, tmp_path: Path) -> None:
+        """Neither its code nor prose beside it; and of other data counts what was collected of their notebooks."""
+        outputs = [{"text": ["streamed"]}, {"data": {"text/html": "<b>shown</b>", "image/png": "drawn"}}]
+        cells = [{"source": "# coded", "outputs": outputs}, {"source": "written"}]
+        (tmp_path / "notebooks").mkdir()
+        (tmp_path / "notebooks" / "07_x.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+        (tmp_path / "checkpoints" / "gtsrb17").mkdir(parents=True)
+        kept = {"both-robust": {"verdict": "carries over"}, "imbalance-size": {"verdict": "not tested"}}
+        (tmp_path / "checkpoints" / "gtsrb17" / "claims.json").write_text(json.dumps(kept), encoding="utf-8")
+        found = coverage.shown(tmp_path)
+        words = ("streamed", "shown", "coded", "drawn", "written")
+        letters = [coverage.status({"shown": [{"says": "07", "text": word}]}, found)[0] for word in words]
+        assert letters == ["R", "R", "N", "N", "N"]
+        there, not_there = ({"shown": [{"verdict": key, "data": "gtsrb17"}]} for key in kept)
+        assert coverage.status(there, found) == ("R", "")
+        assert coverage.status(not_there, found) == ("B", "claim imbalance-size not tested on GTSRB-17")
+
     def test_a_claim_that_nobody_stated_is_refused(self) -> None:
         with pytest.raises(KitError, match="claim 'report-26' is unknown"):
             coverage.status({"shown": [{"verdict": "report-26"}]}, self.FOUND)
 
     def test_every_claim_of_a_notebook_is_stated(self) -> None:
         """And every statement is asked in some notebook."""
-        sources = coverage.shown().sources
-        asked = {key for key in claims.statements() for text in sources.values() if f'"{key}"' in text}
+        sources = [path.read_text(encoding="utf-8") for path in (PROJECT / "notebooks").glob("*.ipynb")]
+        asked = {key for key in claims.statements() for text in sources if f'\\"{key}\\"' in text}
         assert asked == set(claims.statements())
 
 

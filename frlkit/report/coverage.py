@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import yaml
 from frlkit import PROJECT, KitError
 from frlkit.evaluation import Attack
 from frlkit.records import read
-from frlkit.report import claims, names, tables
+from frlkit.report import claims, matrix, names, tables
 
 SHORTER = " (first edition's length only)"
 STATUSES = {"R": "experiment reproduced, whatever it says", "P": "partly", "B": "built, not run", "N": "not"}
@@ -30,22 +30,30 @@ class Shown(NamedTuple):
     project: Path
     verdicts: Mapping[str, str]  # claim's key -> verdict
     theory: Sequence[tuple[str, str]]  # notebook 02's claims and verdicts
-    sources: Mapping[str, str]  # notebook's number -> all its cells' text
+    printed: Mapping[str, str]  # notebook's number -> all that its cells print
+    elsewhere: Mapping[str, Mapping[str, Any]]  # data set -> claim's key -> row, of all data sets
 
 
 def shown(project: Path = PROJECT) -> Shown:
     """Read the notebooks of a checkout. Raises `KitError` where one is no notebook."""
-    verdicts, theory, sources = {}, [], {}
+    verdicts, theory, printed = {}, [], {}
     for path in sorted((project / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         try:
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-            sources[path.name[:2]] = "\n".join("".join(cell["source"]) for cell in cells)
+            printed[path.name[:2]] = "\n".join(_texts(cells))
             rows = [row for table in claims.from_notebook(cells) for row in table["claims"]]
         except (ValueError, KeyError, TypeError) as error:
             raise KitError(f"{path} is no notebook ({error}): take it from the repository again") from None
         verdicts |= {row["key"]: row["verdict"] for row in rows if row.get("key")}
         theory += [(row["claim"], row["verdict"]) for row in rows] if path.name.startswith("02") else []
-    return Shown(project, verdicts, theory, sources)
+    return Shown(project, verdicts, theory, printed, matrix.every(project))
+
+
+def _texts(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The texts among cells' outputs. What a cell says in its own words, code or prose, is no evidence."""
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        texts = {"text/plain": output["text"]} if "text" in output else output.get("data", {})
+        yield from ("".join(text) for kind, text in texts.items() if kind.startswith("text/"))
 
 
 def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
@@ -59,16 +67,26 @@ def _runs(evidence: Mapping[str, Any], found: Shown) -> str:
 
     if (count := seeds(recipe)) >= asked:
         return ""
-    where = "" if dataset == "fashion_mnist" else f" on {names.dataset(dataset)}"
     shorter = seeds(names.edition(recipe)) >= asked
-    return f"{names.title(recipe)}{where}: {count} of {asked} seeds" + (SHORTER if shorter else "")
+    return f"{names.title(recipe)}{_where(evidence)}: {count} of {asked} seeds" + (SHORTER if shorter else "")
 
 
 def _verdict(evidence: Mapping[str, Any], found: Shown) -> str:
     key = evidence["verdict"]
     if key not in claims.statements():
         raise KitError(f"coverage.yaml: claim {key!r} is unknown: use one of statements.yaml")
-    return "" if found.verdicts.get(key, "not tested") != "not tested" else f"claim {key} not tested"
+    return "" if _judged(evidence, found) != "not tested" else f"claim {key} not tested{_where(evidence)}"
+
+
+def _judged(evidence: Mapping[str, Any], found: Shown) -> str:
+    """The verdict on a claim, of the notebooks or, for other data, of what was collected of theirs."""
+    if (data := evidence.get("data", matrix.HOME)) == matrix.HOME:
+        return found.verdicts.get(evidence["verdict"], "not tested")
+    return found.elsewhere[data].get(evidence["verdict"], {}).get("verdict", "not tested")
+
+
+def _where(evidence: Mapping[str, Any]) -> str:
+    return f" on {names.dataset(evidence['data'])}" if evidence.get("data", matrix.HOME) != matrix.HOME else ""
 
 
 def _theory(evidence: Mapping[str, Any], found: Shown) -> str:
@@ -78,8 +96,8 @@ def _theory(evidence: Mapping[str, Any], found: Shown) -> str:
 
 
 def _says(evidence: Mapping[str, Any], found: Shown) -> str:
-    there = evidence["text"] in found.sources.get(evidence["says"], "")
-    return "" if there else f"notebook {evidence['says']} does not have it"
+    there = evidence["text"] in found.printed.get(evidence["says"], "")
+    return "" if there else f"notebook {evidence['says']} does not print it"
 
 
 def _attack(evidence: Mapping[str, Any], found: Shown) -> str:
@@ -140,8 +158,8 @@ def table(project: Path = PROJECT) -> str:
     counts = Counter(line[2] for line in lines)
     total = ", ".join(f"{counts[letter]} {letter} ({words})" for letter, words in STATUSES.items())
     head = ["#", "item", "status", "evidence", "not R because"]
-    asked = {one["verdict"] for row in rows() for one in row["shown"] if "verdict" in one}
-    verdicts = Counter(found.verdicts.get(key, "not tested") for key in sorted(asked))
+    asked = {(one["verdict"], _where(one)): one for row in rows() for one in row["shown"] if "verdict" in one}
+    verdicts = Counter(_judged(asked[key], found) for key in sorted(asked))
     judged = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     return f"{len(lines)} rows: {total}. Verdicts among their evidence: {judged}.\n\n{tables.markdown(head, lines)}"
 
@@ -152,7 +170,7 @@ def _evidence(row: Mapping[str, Any], found: Shown) -> str:
         if "runs" in one:
             words.append(f"runs: {names.title(names.recipe(one['runs']))}")
         elif "verdict" in one:
-            words.append(f"claim {one['verdict']}: {found.verdicts.get(one['verdict'], 'not tested')}")
+            words.append(f"claim {one['verdict']}{_where(one)}: {_judged(one, found)}")
         elif "file" in one:
             words.append(f"`{one['file']}`")
         elif "attack" in one:
