@@ -169,13 +169,13 @@ def name_points(axis: Axes, x: Sequence[float], y: Sequence[float], labels: Sequ
     taken = [np.concatenate([place - 3, place + 3]) for place in places]
     ways = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (0, 1), (-1, 0), (0, -1)])
     for place, x_here, y_here, label in zip(places, x, y, labels, strict=True):
-        half = np.array([0.6 * size * len(label), size]) / 2
-        tried = [(gap, way * (gap + half)) for gap in (2, 8, 14, 20, 28) for way in ways]
+        half = np.array([0.6 * size * len(label), size]) / 2 + 0.5
+        tried = [(gap, way * (gap + half)) for gap in (3, 8, 14, 20, 28) for way in ways]
         boxes = [np.concatenate([place + offset - half, place + offset + half]) for _, offset in tried]
         best = int(np.argmin([sum(_common(box, other) for other in taken) for box in boxes]))
         taken.append(boxes[best])
         gap, offset = tried[best]
-        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "grey", "shrinkA": 0, "shrinkB": 2} if gap > 2 else None
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "grey", "shrinkA": 0, "shrinkB": 2} if gap > 3 else None
         style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": size, "arrowprops": line}
         axis.annotate(literal(label), (x_here, y_here), xytext=tuple(offset), **style)
 

@@ -123,7 +123,7 @@ def violations(history: Mapping[str, Any], tau_nat: float = 0.05, tau_bdy: float
 
 
 def smallest_violation(histories: Mapping[str, Seeds], recipe: str, **tau: float) -> pd.Series:
-    """The smallest of a run's largest violations after any epoch, in points, seed by seed; empty where there are no runs.
+    """The smallest of a run's largest violations after any epoch, in points, seed by seed; empty where there are none.
 
     Algorithm 1 stops as soon as all constraints hold, so an epoch that reaches 0 would have been its last.
     """
