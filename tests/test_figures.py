@@ -161,6 +161,20 @@ def test_points_have_names_and_the_front_is_a_line(records: dict[str, Any]) -> N
     assert len(figure.axes[0].lines[0].get_xdata()) == front["front"].sum()
 
 
+def test_names_of_points_do_not_overprint() -> None:
+    """Twelve points in a heap: no name on another, and none on a point."""
+    figure, axis = plt.subplots()
+    places = np.random.default_rng(0).normal(scale=0.02, size=(12, 2))
+    axis.plot(*places.T, "o")
+    axis.set(xlim=(-1, 1), ylim=(-1, 1))
+    figures.name_points(axis, *places.T, [str(k) for k in range(12)])
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]
+    assert not any(box.overlaps(other) for k, box in enumerate(boxes) for other in boxes[:k])
+    assert not any(box.contains(*point) for box in boxes for point in axis.transData.transform(places))
+    plt.close(figure)
+
+
 def test_who_dominates_whom() -> None:
     """The control in both columns beyond chance, TRADES in neither; a single better mean or three seeds do not do."""
     seeds = np.array([0.0, 0.1, -0.1, 0.2, -0.2])

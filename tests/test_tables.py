@@ -223,6 +223,24 @@ class TestPaired:
         apart = [np.subtract(*statistics.paired_worst(ours, other, self.CLASSES)[:0:-1]) for other in (nearly, ~ours)]
         assert apart[0] < apart[1] / 3
 
+    def test_draws_are_those_of_a_plain_loop(self) -> None:
+        """Draws are shared between pairs and classes may lie anywhere: the same as drawing by hand, in that order."""
+        ours, theirs = self.outcomes(0.8, 2), self.outcomes(0.7, 2)
+        mixed = np.random.default_rng(1).permutation(800)
+        for _ in range(2):  # the second from what the first has drawn
+            change, draws = statistics.paired_worst_draws(ours[:, mixed], theirs[:, mixed], self.CLASSES[mixed], 20)
+            generator = np.random.default_rng(0)
+            seeds = generator.integers(2, size=(20, 2))
+            wrong = [~right[:, mixed] for right in (ours, theirs)]
+            by_class = []
+            for label in (0, 1):
+                times = generator.multinomial(400, np.full(400, 1 / 400), size=20)
+                members = self.CLASSES[mixed] == label
+                by_class.append([[(each[:, members] * row).sum(1) / 400 for row in times] for each in wrong])
+            worst = np.max(by_class, axis=0)  # (2, draws, S)
+            expected = [(worst[0][k] - worst[1][k])[seeds[k]].mean() for k in range(20)]
+            np.testing.assert_allclose(draws, expected)
+
     def test_shapes(self) -> None:
         with pytest.raises(KitError, match=r"shape \(1, 3\) and 2 labels do not belong together"):
             statistics.paired_worst([[True, False, True]], [[True, True, True]], [0, 1])
@@ -269,11 +287,38 @@ class TestMechanism:
         assert found.index.tolist() == [0, 1]
         assert found.loc[0].tolist() == pytest.approx([5, 3, 5])
         assert found.loc[1].tolist() == pytest.approx([-5, 3, 3])
-        assert mechanism.last_violation({"uniform": [history]}, "uniform").to_dict() == pytest.approx({4: 3})
-        assert mechanism.last_violation({}, "uniform").empty
+        assert mechanism.smallest_violation({"uniform": [history]}, "uniform").to_dict() == pytest.approx({4: 3})
+        assert mechanism.smallest_violation({}, "uniform").empty
         table = mechanism.smallest_violations({"uniform": [history]})
-        assert table.loc["uniform"].tolist() == ["5.0", "3.0", "1", "3.0", "0 of 1"]
+        assert table.loc["uniform"].tolist() == ["5.0", "3.0", "boundary 1", "20.0", "40.0", "1", "3.0", "0 of 1"]
         assert mechanism.smallest_violations({"u": [history]}, tau_nat=0.2, tau_bdy=0.2)["satisfied"].item() == "1 of 1"
+
+    def test_a_violation_counts_after_any_epoch_and_not_at_the_start(self) -> None:
+        """A start that violates nothing does not count, and neither the last epoch, +15, but the one before, +5."""
+        epochs = [{"natural": [x, 0.5 - x], "robust": [x, 0.5 - x]} for x in (0.25, 0.15, 0.05)]
+        history = {"config": {"seed": 2}, "start": {"validation": epochs[0]}}
+        history["epochs"] = [{"validation": found} for found in epochs[1:]]
+        assert mechanism.smallest_violation({"uniform": [history]}, "uniform").to_dict() == pytest.approx({2: 5})
+        row = mechanism.smallest_violations({"uniform": [history]}).loc["uniform"]
+        assert row.tolist() == ["-5.0", "5.0", "natural 1", "25.0", "25.0", "1", "15.0", "0 of 1"]
+
+    def test_sums_of_multipliers(self) -> None:
+        """φ = (0.3, 0, 0.1) and (0, 0.5, 0) under Eq. 17, and (0.3, 0.2, 0.1) as printed, from the class weights."""
+        natural, boundary, printed = np.array([0.3, 0, 0.1]), np.array([0, 0.5, 0]), np.array([0.3, 0.2, 0.1])
+        entry = {"weights_nat": 1 / 3 + natural - natural.mean(), "weights_bdy": 1 / 3 + boundary - boundary.mean()}
+        found = mechanism.multiplier_sums([{"config": {"seed": 7}, "epochs": [entry, entry]}])
+        assert found.index.tolist() == [1, 2]
+        assert found.loc[2].to_dict() == pytest.approx({("natural", 7): 0.4, ("boundary", 7): 0.5})
+        entry = {"weights_nat": 1 / 3 + printed, "weights_bdy": 1 / 3 + boundary}
+        found = mechanism.multiplier_sums([{"config": {"seed": 7, "weighting": "printed"}, "epochs": [entry]}])
+        assert found.loc[1].tolist() == pytest.approx([0.6, 0.5])
+
+    def test_the_worst_class_by_seed(self) -> None:
+        """The class with the largest mean is the worst in no seed."""
+        by_seed = {"a": (50.0, 10.0), "b": (10.0, 50.0), "c": (45.0, 45.0)}
+        rows = [("r", k, name, "natural", e, 10) for name, found in by_seed.items() for k, e in enumerate(found)]
+        errors = pd.DataFrame(rows, columns=["recipe", "seed", "class", "measure", "error", "images"])
+        assert mechanism.worst_by_seed(errors, "r", "natural") == "a 1, b 1"
 
     def test_who_pays_in_words(self) -> None:
         words = mechanism.payers(mechanism.who_pays(self.BEFORE, self.AFTER, 8))

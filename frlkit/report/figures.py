@@ -144,7 +144,6 @@ def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) ->
         axis.step(best[average], best[worst], where="post", color=COLOURS[1], linewidth=1.2, zorder=0)
         style = {"fmt": "o", "color": COLOURS[0], "elinewidth": 0.7, "markersize": 5}
         axis.errorbar(means[average], means[worst], xerr=sd[average], yerr=sd[worst], **style)
-        name_points(axis, means[average], means[worst], [str(number) for number in range(1, len(means) + 1)])
         axis.set(xlabel=f"{average} (%)", ylabel=f"{worst} class (%)", title=f"{worst} against {average}")
         axis.margins(0.12)
         axis.grid(alpha=0.3)
@@ -153,17 +152,37 @@ def pareto(scored: pd.DataFrame, pairs: Sequence[tuple[str, str]], note: str) ->
     labels = ["Pareto front", *(f"{k}  {literal(_named(recipe, counts))}" for k, recipe in enumerate(counts.index, 1))]
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, handlelength=1)
     heading(figure, note, seeds(counts.tolist()))
+    for axis, pair in zip(axes.flat, pairs, strict=True):
+        means = scored[[*pair]].groupby(level=0, sort=False).mean()
+        name_points(axis, *means.to_numpy().T, [str(number) for number in range(1, len(means) + 1)])
     return figure
 
 
 def name_points(axis: Axes, x: Sequence[float], y: Sequence[float], labels: Sequence[str]) -> None:
-    """Write each point's name beside it, on another side where a point before is close."""
-    sides = ((4, 4), (4, -10), (-12, 4), (-12, -10))  # points of a figure
-    points = np.column_stack([x, y])
-    for k, (point, label) in enumerate(zip(points, labels, strict=True)):
-        near = (np.abs(points[:k] - point) < 0.06 * np.ptp(points, axis=0)).all(axis=1)
-        side = sides[int(near.sum()) % len(sides)]
-        axis.annotate(literal(label), point, xytext=side, textcoords="offset points", fontsize=7.5)
+    """Write each point's name beside it where no other name or point is, further off with a line to it if need be.
+
+    Call it when the axes have their limits: where names meet depends on them.
+    """
+    size = 7.5  # of the type; all lengths here are points of a figure
+    axis.figure.draw_without_rendering()
+    places = axis.transData.transform(np.column_stack([x, y]).astype(float)) * 72 / axis.figure.dpi
+    taken = [np.concatenate([place - 3, place + 3]) for place in places]
+    ways = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (0, 1), (-1, 0), (0, -1)])
+    for place, x_here, y_here, label in zip(places, x, y, labels, strict=True):
+        half = np.array([0.6 * size * len(label), size]) / 2 + 0.5
+        tried = [(gap, way * (gap + half)) for gap in (3, 8, 14, 20, 28) for way in ways]
+        boxes = [np.concatenate([place + offset - half, place + offset + half]) for _, offset in tried]
+        best = int(np.argmin([sum(_common(box, other) for other in taken) for box in boxes]))
+        taken.append(boxes[best])
+        gap, offset = tried[best]
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "grey", "shrinkA": 0, "shrinkB": 2} if gap > 3 else None
+        style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": size, "arrowprops": line}
+        axis.annotate(literal(label), (x_here, y_here), xytext=tuple(offset), **style)
+
+
+def _common(box: np.ndarray, other: np.ndarray) -> float:
+    """The area that two boxes (left, bottom, right, top) have in common."""
+    return float(np.prod(np.clip(np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2]), 0, None)))
 
 
 def one_class(table: pd.DataFrame, note: str) -> Figure:
@@ -176,12 +195,12 @@ def one_class(table: pd.DataFrame, note: str) -> Figure:
     for measure, marker in zip(MEASURES, "os^", strict=True):
         axis.scatter(own, table[f"change, {measure}"].astype(float), marker=marker, label=measure)
     middle = table[f"change, {MEASURES[1]}"].astype(float)
-    name_points(axis, own, middle, list(table.index))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axvline(50, color="black", linewidth=0.8, linestyle="--", label="one half")
     axis.set(xlabel="robust error of the class at its own radius, 16/255 (%)", ylabel="change of its error (points)")
     axis.legend(frameon=False)
     heading(figure, note)
+    name_points(axis, own, middle, list(table.index))
     return figure
 
 

@@ -122,29 +122,64 @@ def violations(history: Mapping[str, Any], tau_nat: float = 0.05, tau_bdy: float
     return frame.assign(largest=frame.max(axis=1)).rename_axis("epoch")
 
 
-def last_violation(histories: Mapping[str, Seeds], recipe: str, **tau: float) -> pd.Series:
-    """The largest violation after the last epoch, in points, seed by seed; empty where there are no runs."""
-    found = {h["config"]["seed"]: violations(h, **tau)["largest"].iloc[-1] for h in histories.get(recipe, [])}
+def smallest_violation(histories: Mapping[str, Seeds], recipe: str, **tau: float) -> pd.Series:
+    """The smallest of a run's largest violations after any epoch, in points, seed by seed; empty where there are none.
+
+    Algorithm 1 stops as soon as all constraints hold, so an epoch that reaches 0 would have been its last.
+    """
+    found = {h["config"]["seed"]: violations(h, **tau)["largest"].loc[1:].min() for h in histories.get(recipe, [])}
     return pd.Series(found, name=title(recipe), dtype=float)
 
 
 def smallest_violations(histories: Mapping[str, Seeds], **tau: float) -> pd.DataFrame:
-    """Of every recipe, the smallest of its epochs' largest violations, mean ± sd over seeds, and where it was.
+    """Of every recipe, the smallest of its epochs' largest violations, at what price, and when: mean ± sd over seeds.
 
-    In points; "satisfied" counts the seeds in which some epoch had no violation at all.
+    In points, over the epochs after the start; "of" counts the seeds in which it was either constraint's. The price is
+    that epoch's average validation errors in per cent. "satisfied" counts the seeds with an epoch without violation.
     """
     rows = {}
     for recipe, seeds in histories.items():
         every = [violations(history, **tau) for history in seeds]
-        smallest = [frame["largest"].min() for frame in every]
+        best = [int(frame["largest"].loc[1:].idxmin()) for frame in every]
+        there = pd.DataFrame([frame.loc[epoch] for frame, epoch in zip(every, best, strict=True)])
+        errors = [history["epochs"][epoch - 1]["validation"] for history, epoch in zip(seeds, best, strict=True)]
+        price = {kind: [100 * np.mean(found[kind]) for found in errors] for kind in ("natural", "robust")}
         rows[recipe] = {
             "at the start": tables.plus_minus([frame["largest"].iloc[0] for frame in every]),
-            "smallest": tables.plus_minus(smallest),
-            "in epoch": ", ".join(str(frame["largest"].idxmin()) for frame in every),
+            "smallest": tables.plus_minus(there["largest"]),
+            "of": _counted(there[["natural", "boundary"]].idxmax(axis=1)),
+            **{f"{kind} average there": tables.plus_minus(values) for kind, values in price.items()},
+            "in epoch": ", ".join(map(str, best)),
             "after the last": tables.plus_minus([frame["largest"].iloc[-1] for frame in every]),
-            "satisfied": f"{sum(value <= 0 for value in smallest)} of {len(every)}",
+            "satisfied": f"{sum(there['largest'] <= 0)} of {len(every)}",
         }
     return pd.DataFrame(rows).T
+
+
+def worst_by_seed(errors: pd.DataFrame, recipe: str, measure: str) -> str:
+    """Which class is the worst in how many seeds, from `tables.tidy`: "Coat 3, Pullover 1, Shirt 1"."""
+    return _counted(tables.classwise(errors, recipe, measure).idxmax(axis=1))
+
+
+def _counted(found: pd.Series) -> str:
+    return ", ".join(f"{name} {count}" for name, count in found.value_counts().items())
+
+
+def multiplier_sums(seeds: Seeds) -> pd.DataFrame:
+    """Sums of one recipe's multipliers by epoch: a row an epoch, columns (natural or boundary, seed).
+
+    Read off the class weights: 1/C + φ as printed, else 1/C + φ - mean φ, from which φ is known where some class
+    violates nothing and has none.
+    """
+    sums = {}
+    for kind, field in (("natural", "weights_nat"), ("boundary", "weights_bdy")):
+        for history in seeds:
+            weights = np.array([entry[field] for entry in history["epochs"]])
+            printed = history["config"].get("weighting") == "printed"
+            least = 1 / weights.shape[1] if printed else weights.min(axis=1, keepdims=True)
+            sums[kind, history["config"]["seed"]] = (weights - least).sum(axis=1)
+    frame = pd.DataFrame(sums)
+    return frame.set_axis(range(1, len(frame) + 1)).rename_axis("epoch")
 
 
 def weight_movement(histories: Mapping[str, Seeds], epochs: int = 10) -> pd.DataFrame:

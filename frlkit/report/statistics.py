@@ -5,6 +5,7 @@ Errors are (S, C), one row per seed and one column per class, in whatever unit t
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -97,17 +98,30 @@ def paired_worst_draws(
         raise KitError(
             f"outcomes of shape {wrong.shape[1:]} and {len(classes)} labels do not belong together: use (seeds, images)"
         )
-    generator = np.random.default_rng(0)
-    seeds = generator.integers(wrong.shape[1], size=(draws, wrong.shape[1]))
+    members = [np.flatnonzero(classes == label) for label in np.unique(classes)]
+    seeds, times = _resampled(wrong.shape[1], tuple(map(len, members)), draws)
     worst, drawn = np.zeros(wrong.shape[:2]), np.zeros((draws, *wrong.shape[:2]))
-    for label in np.unique(classes):
-        part = wrong[:, :, classes == label].astype(float)
-        count = part.shape[2]
+    for index, often in zip(members, times, strict=True):
+        part = wrong[:, :, index]
         worst = np.maximum(worst, part.mean(2))
-        times = generator.multinomial(count, np.full(count, 1 / count), size=draws)
-        drawn = np.maximum(drawn, np.einsum("di,msi->dms", times, part, optimize=True) / count)
+        # whole numbers below 2²⁴: exact in float32
+        found = often.astype(np.float32) @ part.reshape(-1, len(index)).T.astype(np.float32)
+        drawn = np.maximum(drawn, found.reshape(drawn.shape).astype(float) / len(index))
     change = drawn[:, 0] - drawn[:, 1]  # (draws, S)
     return float((worst[0] - worst[1]).mean()), np.take_along_axis(change, seeds, 1).mean(1)
+
+
+@functools.lru_cache(maxsize=4)
+def _resampled(seeds: int, counts: tuple[int, ...], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What each draw of a bootstrap takes: seeds (draws, S), and how often each image of every class (draws, count).
+
+    The same for every pair of methods with as many seeds and images, for drawing takes far longer than what follows.
+    """
+    generator = np.random.default_rng(0)
+    which = generator.integers(seeds, size=(draws, seeds))
+    shares = (np.full(count, 1 / count) for count in counts)
+    times = [generator.multinomial(len(share), share, size=draws) for share in shares]
+    return which, [often.astype(np.uint8 if often.max() < 256 else int) for often in times]
 
 
 def class_errors(right: ArrayLike, labels: ArrayLike) -> np.ndarray:
