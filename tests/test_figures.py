@@ -93,17 +93,26 @@ def test_panels_that_compare_share_an_axis(records: dict[str, Any]) -> None:
     assert figure.axes[2].get_ylim() == figure.axes[3].get_ylim() != figure.axes[0].get_ylim()
 
 
-def test_tolerances_are_drawn(records: dict[str, Any]) -> None:
-    """The kit's 5 and 2 % and the paper's 7 %; equal weights have none of their own."""
-    histories = {"algorithm1_both": read("algorithm1_both", 2, "history")}
-    for figure in (
-        curves.fairness_curves(histories, ""),
-        curves.class_curves(histories["algorithm1_both"], list("abcdefghij"), ""),
-    ):
-        drawn = [{text for text in words_of(axis) if "τ" in text} for axis in figure.axes[:2]]
-        assert drawn[0] == {"τ = 5 %"}
-        assert drawn[1] >= {"τ = 2 %"}
-    assert curves._taus({"uniform": read("uniform", 1, "history")}, "natural") == set()
+def test_tolerances_are_drawn_with_whose_they_are(records: dict[str, Any]) -> None:
+    """The kit's 5 and 2 % and the paper's 7 %; equal weights have none, nor the report's softmax."""
+    kinds = {name: read(name, 2, "history") for name in ("algorithm1_both", "uniform")}
+    kinds["report_reweight"] = [replaced(each, weighting="softmax") for each in kinds["algorithm1_both"]]
+    whole, classes = (
+        curves.fairness_curves(kinds, ""),
+        curves.class_curves(kinds["algorithm1_both"], list("abcdefghij"), ""),
+    )
+    drawn = [[{text for text in words_of(axis) if "τ" in text} for axis in each.axes[:2]] for each in (whole, classes)]
+    assert drawn[0] == [
+        {"τ = 5 % (paper, Reweight + Remargin)"},
+        {"τ = 2 % (Reweight + Remargin)", "τ = 7 % (paper)"},
+    ]
+    assert drawn[1] == [{"τ = 5 %"}, {"τ = 2 %"}]
+    many = {recipe: kinds["algorithm1_both"] for recipe in ("algorithm1_both", "algorithm1_reweight", "dafa")}
+    assert any("3 methods" in text for text in words_of(curves.fairness_curves(many, "").axes[1]))
+
+
+def replaced(history: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**history, "config": {**history["config"], **fields}}
 
 
 def test_curves_say_the_radius_that_they_are_of() -> None:

@@ -72,7 +72,8 @@ def fairness_curves(histories: Histories, note: str) -> Figure:
     for axis, (column, heading) in zip(axes, panels.items(), strict=True):
         _line(axis, frame, column, heading, "points" if column in PAPER_TAU else "error (%)")
     for axis, kind in zip(axes, PAPER_TAU, strict=False):
-        _tolerances(axis, _taus(histories, kind) | {PAPER_TAU[kind]})
+        taus = _taus(histories, kind)
+        _tolerances(axis, {**taus, PAPER_TAU[kind]: ["paper", *taus.get(PAPER_TAU[kind], [])]})
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figures.heading(
@@ -125,7 +126,7 @@ def class_curves(seeds: Sequence[Mapping[str, Any]], class_names: Sequence[str],
             axis.fill_between(epochs, line - sd, line + sd, color=colour, alpha=0.15, linewidth=0)
         _by_epoch(axis, heading, "points" if "above" in heading else "")
     for axis, (kind, tau) in zip(axes, PAPER_TAU.items(), strict=False):
-        _tolerances(axis, _taus({"": seeds}, kind) or {tau})
+        _tolerances(axis, dict.fromkeys(_taus({"": seeds}, kind) or [tau], []))
     figure.legend(*axes[4].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False)
     figures.heading(figure, note, f"validation split, {_attacks(seeds)}", _bands({"": seeds}))
     return figure
@@ -172,20 +173,27 @@ def _by_epoch(axis: Axes, heading: str, unit: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def _taus(histories: Histories, kind: str) -> set[float]:
-    """The tolerances in points that the recipes with multipliers or radii use."""
-    rates = ("alpha_nat",) if kind == "natural" else ("alpha_bdy", "alpha_margin")
-    configs = [seeds[0]["config"] for seeds in histories.values() if seeds]
-    used = [config for config in configs if any(config.get(rate) for rate in rates)]
-    return {round(100 * config["tau_nat" if kind == "natural" else "tau_bdy"], 6) for config in used}
+def _taus(histories: Histories, kind: str) -> dict[float, list[str]]:
+    """The tolerances in points that multipliers or radii of these recipes follow, and the titles of those recipes.
+
+    Not those under the report's softmax, which has no tolerance left in its weights (`fairness.setting`).
+    """
+    rates, found = (("alpha_nat",) if kind == "natural" else ("alpha_bdy", "alpha_margin")), {}
+    for recipe, seeds in histories.items():
+        config = seeds[0]["config"] if seeds else {}
+        if any(config.get(rate) for rate in rates) and config.get("weighting") != "softmax":
+            tau = round(100 * config["tau_nat" if kind == "natural" else "tau_bdy"], 6)
+            found.setdefault(tau, []).append(title(recipe))
+    return found
 
 
-def _tolerances(axis: Axes, taus: set[float]) -> None:
-    for tau in sorted(taus):
+def _tolerances(axis: Axes, taus: Mapping[float, Sequence[str]]) -> None:
+    """A line for each tolerance, with whose it is."""
+    for tau, owners in sorted(taus.items()):
         axis.axhline(tau, color="black", linewidth=0.8, linestyle=":")
-        axis.annotate(
-            f"τ = {tau:g} %", (1, tau), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-        )
+        whose = f" ({', '.join(owners) if len(owners) < 3 else f'{len(owners)} methods'})" if owners else ""
+        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 8}
+        axis.annotate(figures.literal(f"τ = {tau:g} %{whose}"), (0.99, tau), **where)
     axis.axhline(0, color="black", linewidth=0.5)
 
 
