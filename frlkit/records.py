@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -142,6 +142,13 @@ def read_as(path: Path, schema: TypeAdapter[Any], kind: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
     raise KitError(f"the {kind} {path} cannot be read ({reason}): delete it to have it made again") from None
+
+
+def device(history: Mapping[str, Any]) -> str:
+    """Where a run computed: "CPU", its GPU's name, or "a GPU" for the first ones there, whose torch alone tells it."""
+    made = history.get("versions")
+    unnamed = isinstance(made, dict) and made.get("torch") == "2.11.0+cu130"  # what no shipped run on a CPU had
+    return str(history.get("kernel", "")).partition(", ")[2] or ("a GPU" if unnamed else "CPU")
 
 
 def versions() -> dict[str, str]:

@@ -94,6 +94,8 @@ class TestSigns:
         titles = [line.split(" | ")[0][2:] for line in documents.TABLES["cifar10"]().splitlines()[2:]]
         others = ["PGD-AT, five steps", "PGD-AT, PreAct-ResNet-18", "Reweight"]
         assert titles == ["Natural training", "PGD-AT", *others]
+        (line,) = (line for line in documents.TABLES["cifar10"]().splitlines() if line.startswith("| PGD-AT |"))
+        assert line.endswith(" | 10.0 ± 0.0 | 40.0 ± 0.0 |  |  | 2 |")  # best clean, best attacked; nothing at 4/255
 
     def test_by_hand(self, project: Path) -> None:
         for seed in (0, 1):
@@ -101,14 +103,15 @@ class TestSigns:
             self.put(project, "n_fgsm", seed, [0.5, 0.8])
             for recipe in ("pgd_at", "n_fgsm"):
                 self.put(project, recipe, seed, [0.4, 0.8], "gtsrb17")
-        expected = "| GTSRB-43, PGD-AT | 20.0 | 15.0 | 30.0 | 10.0 | 62.5 | 51.2 | 85.0 | 40.0 | Yield | 400 | 2 |"
+        clean, attacked = "20.0 | 15.0 | 30.0 | 10.0", "62.5 | 51.2 | 85.0 | 40.0"  # boundary: 30 % and 50, 60 %
+        expected = f"| GTSRB-43, PGD-AT | {clean} | 42.5 | 55.0 | {attacked} | Yield (100) | 400 of 26,640 | 2 |"
         assert expected in documents.signs().splitlines()
         lines = documents.steps().splitlines()
         assert lines[2:] == [
-            "| GTSRB-43 | N-FGSM, one step | natural | 0.0 ± 0.0 | Stop +0.0 | 0.0 | 2 |",
-            "| GTSRB-43 | N-FGSM, one step | PGD-20 12/255 | 2.5 ± 3.5 | Stop +10.0 | 0.0 | 2 |",
-            "| GTSRB-17 | N-FGSM, one step | natural | 0.0 ± 0.0 | Stop +0.0 | 0.0 | 2 |",
-            "| GTSRB-17 | N-FGSM, one step | PGD-20 12/255 | 0.0 ± 0.0 | Stop +0.0 | 0.0 | 2 |",
+            "| GTSRB-43 | N-FGSM, one step | natural | 0.0 ± 0.0 | Stop +0.0 (0.0), Yield +0.0 (0.0) | 2 |",
+            "| GTSRB-43 | N-FGSM, one step | PGD-20 12/255 | 2.5 ± 3.5 | Stop +10.0 (0.0), Yield -5.0 (7.1) | 2 |",
+            "| GTSRB-17 | N-FGSM, one step | natural | 0.0 ± 0.0 | Stop +0.0 (0.0), Yield +0.0 (0.0) | 2 |",
+            "| GTSRB-17 | N-FGSM, one step | PGD-20 12/255 | 0.0 ± 0.0 | Stop +0.0 (0.0), Yield +0.0 (0.0) | 2 |",
         ]
 
 

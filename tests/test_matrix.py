@@ -33,8 +33,10 @@ class TestCell:
             ("refuted", "A: partial rho -0.31 (median of 5 seeds)", "refuted: partial rho -0.31"),
             ("not tested", "S: -37.8 ± 4.3 %, 3 seeds, 5 needed", "not tested: -37.8 ± 4.3 %, 3 seeds"),
             ("not tested", "A: 3 seeds, 5 needed; B: 13 seeds, 15 needed", "not tested: 3 seeds, 13 seeds"),
-            ("not tested", "A − B: no runs; C − D: no runs", "not tested: no runs"),
-            ("not tested", "A: 1.0 points, 1 seed, 5 needed; B: no runs", "not tested: 1.0 points, 1 seed, no runs"),
+            ("not tested", "A − B: no runs; C − D: no runs", "no runs"),
+            ("not tested", "A: 1.0 points, 1 seed, 5 needed; B: no runs", "not tested: 1.0 points, 1 seed; no runs: B"),
+            ("not tested", "A − B, worst: no runs; C: -0.4 ± 1.2 points, 3 seeds, 5 needed",
+             "not tested: -0.4 ± 1.2 points, 3 seeds; no runs: A − B, worst"),
             ("not tested", "A: 1.0 ± 2.0 points (200 test images, 1000 needed)",
              "not tested: 1.0 ± 2.0 points, 200 test images, 1000 needed"),
             ("carries over", "of 9 comparisons the weakest: A − B, worst: 9.0 ± 0.9 points [7, 8]",
@@ -62,7 +64,7 @@ class TestCollect:
         says = claims.statements()["both-robust"]
         cells = lines[f"| {says['source']}: {says['says']}"]
         assert cells[1:4] == ["confirmed: 1.0 ± 0.1 points", "no runs", "carries over: 2.0 %"]
-        assert cells[4].startswith("not run there")
+        assert cells[4].startswith("no runs")
         assert "carries over to" not in " ".join(cells)
         counted = matrix.carried(project)
         assert "| carries over |  |  | 1 |  |  |" in counted
@@ -77,7 +79,20 @@ class TestCollect:
         matrix.collect(tmp_path / "output", project)
         lines = {line.split(" | ")[0]: line.split(" | ") for line in matrix.table(project).splitlines()}
         cells = lines[f"| {claims.statements()['both-robust']['source']}: {claims.statements()['both-robust']['says']}"]
-        assert cells[3:5] == ["not asked there", "not run there"]
+        assert cells[3:5] == ["not asked there", "no runs"]
+
+    def test_the_reports_recipes_are_asked_of_its_own_data(self, project: Path) -> None:
+        rows = {
+            "report-25": row("not tested", "A: no runs", "report-25"),
+            "remargin-labels": row("not tested", "A − B: -1.0 points, 1 seed, 5 needed", "remargin-labels"),
+            "both-robust": row("not tested", "A − B: no runs"),
+        }
+        (project / "checkpoints" / "gtsrb17" / "claims.json").write_text(json.dumps(rows), encoding="utf-8")
+        stated, lines = claims.statements(), matrix.table(project).splitlines()
+        cells = {key: line.split(" | ") for key in rows for line in lines if f": {stated[key]['says']} |" in line}
+        assert cells["report-25"][2:5] == ["not asked there"] * 3
+        assert cells["both-robust"][2:5] == ["no runs"] * 3
+        assert cells["remargin-labels"][2:4] == ["not asked there", "not tested: -1.0 points, 1 seed"]
 
     def test_nothing_to_keep(self, project: Path, tmp_path: Path) -> None:
         write(tmp_path / "output" / "05_x.ipynb", row("confirmed", "A: 1.0 %", dataset="Fashion-MNIST"))

@@ -146,6 +146,30 @@ def test_what_differs_has_different_names(elsewhere: Path, monkeypatch: pytest.M
     assert len(made) > 20
 
 
+def test_notebooks_without_runs_on_a_data_set_are_left_out_and_named(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 43 signs nothing was retrained; certificates are Fashion-MNIST's; the digits that stand in have them all."""
+    monkeypatch.setattr(data, "load", lambda name: SimpleNamespace(fingerprint="images"))
+    for dataset, left in {"gtsrb": "03, 04, 05, 07", "gtsrb17": "07", "cifar10": "07", "digits": ""}.items():
+        asked = {job.name[:2] for job in reproduce.plan(dataset, elsewhere, retrain=False)}
+        assert {f"0{number}" for number in range(1, 8)} - asked == {part for part in left.split(", ") if part}
+        assert capsys.readouterr().out == (
+            f"notebooks left out, which have no runs on {dataset}: {left}\n" * bool(left)
+        )
+
+    def nothing_but_digits(name: str) -> SimpleNamespace:
+        if name != "digits":
+            raise data.DataUnavailableError("GTSRB is not there")
+        return SimpleNamespace(fingerprint="images")
+
+    monkeypatch.setattr(data, "load", nothing_but_digits)
+    (elsewhere / "checkpoints" / "gtsrb").mkdir()
+    names = {job.name for job in reproduce.plan("gtsrb", elsewhere, retrain=False)}
+    assert "03_frl_reweight_digits" in names
+    assert "03_frl_reweight_gtsrb" not in names
+
+
 def test_without_data_and_without_shipped_runs_there_is_nothing_to_draw(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -372,6 +372,24 @@ class TestDryRun:
         assert sweeps.estimate(planned, tmp_path, 4) == pytest.approx(3 * (10 * 3800 + 12000) * each / 4)
 
     @pytest.mark.parametrize(
+        ("said", "device"),
+        [
+            ({"kernel": "native", "versions": {"torch": "2.15.0+cu132"}}, "CPU"),
+            ({"kernel": "portable, NVIDIA H200", "versions": {"torch": "2.15.0+cu132"}}, "NVIDIA H200"),
+            ({"kernel": "portable", "versions": {"torch": "2.11.0+cu130"}}, "a GPU"),  # as the first runs there were
+            ({"versions": None}, "CPU"),
+        ],
+    )
+    def test_a_gpus_time_is_not_a_processors(self, tmp_path: Path, said: dict[str, Any], device: str) -> None:
+        planned = sweeps.plan(written(tmp_path, self.TEXT), tmp_path)
+        finish(planned[0], seconds=3)
+        path = planned[0].folder / "history.json"
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **said}), encoding="utf-8")
+        assert records.device(records.read_history(path)) == device
+        known = [gpu for gpu in (False, True) if sweeps.estimate(planned, tmp_path, 1, gpu) is not None]
+        assert known == [device != "CPU"]
+
+    @pytest.mark.parametrize(
         ("recipe", "training", "validating"),
         [
             ("natural", 1800, 2000),

@@ -83,6 +83,15 @@ class TestSigns:
             with pytest.raises(KitError, match="12/255"):
                 read({"pgd_at": [more], "natural": [self.SIGN]})
 
+    def test_the_papers_second_radius_on_cifar10_where_all_have_it(self) -> None:
+        more = [*self.SIGN["attacks"], {"attack": vars(Attack(4.0)), "robust": [0.2, 0.4]}]
+        both = {**self.SIGN, "dataset": "cifar10", "attacks": more}
+        found = tables.tidy({"pgd_at": [both]})
+        assert tables.classwise(found, "pgd_at", "PGD-20 4/255").loc[3].tolist() == pytest.approx([20, 40])
+        lacking = {**both, "attacks": self.SIGN["attacks"]}
+        for others in ({"trades": [lacking]}, {"trades": [{**both, "dataset": "fashion_mnist"}]}):
+            assert "PGD-20 4/255" not in set(tables.tidy({"pgd_at": [both], **others})["measure"])
+
     def test_caption_names_fewer_attack_steps(self) -> None:
         for steps, words in ((2, ", 2 attack steps in training"), (10, ""), (20, "")):
             trained = {**self.SIGN, "config": {"steps": steps}}
@@ -92,7 +101,10 @@ class TestSigns:
         known = {**self.SIGN, "training_counts": [1300, 200]}
         assert tables.sizes({"natural": [known]}, "natural").loc[3].to_dict() == {"Stop": 1300, "Yield": 200}
         assert tables.sizes({"natural": [self.SIGN]}, "natural").loc[3].to_dict() == {"Stop": 30, "Yield": 10}
-        assert tables.note("signs", "a CNN", known) == "signs, a CNN; 1,500 training and 40 test images"
+        assert tables.note("signs", "a CNN", known) == "signs, a CNN; 1,500 of 26,640 training and 40 test images"
+        whole = {**known, "training_counts": [1600, 200]}  # more in a class than torchvision's download has
+        assert tables.trained_on(whole) == "1,800 of 39,209"
+        assert tables.trained_on({**whole, "dataset": "cifar10"}) == "1,800"
         assert tables.note("signs", "a CNN", self.SIGN) == "signs, a CNN; 40 test images"
 
 

@@ -155,6 +155,7 @@ def sweep(
     killed, the same command goes on. A run that fails does not stop the others and is named at the end. A Ray or Dask
     cluster needs the kit and the data (FRLKIT_DATA) on its workers, but no shared file system.
     """
+    from frlkit import data
     from frlkit.scale import clusters, sweeps
 
     click.get_current_context().meta["resumes"] = not dry_run
@@ -162,7 +163,7 @@ def sweep(
     planned = sweeps.plan(file, runs)
     if dry_run:
         with place as (_, workers):
-            click.echo(sweeps.preview(planned, runs, workers))
+            click.echo(sweeps.preview(planned, runs, workers, data.pick_device(device).type == "cuda"))
         return
     with sure_to_end(), place as (carry_out, _):
         failed = sweeps.sweep(planned, carry_out)

@@ -37,7 +37,8 @@ def card(project: Path = PROJECT) -> str:
     """
     by_data: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for place in [run for name in names.DATASETS for run in runs.finished(project / "checkpoints" / name)]:
-        record = records.read(place / "record.json")
+        device = records.device(records.read_history(place / "history.json"))
+        record = {**records.read(place / "record.json"), "device": device}
         by_data.setdefault(record["dataset"], {}).setdefault(place.parent.name, []).append(record)
     every = [record for found in by_data.values() for seeds in found.values() for record in seeds]
     least = min((studies.robust_errors(record, STANDARD[0].eps_255).max() for record in every), default=0)
@@ -69,8 +70,12 @@ def _about(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         trained = f"{config['eps_255']:g}/255, {config['steps']} steps" if config["method"] != "natural" else "none"
         trained += f"; {config['precision']}" if "precision" in config else ""
         share = f"{config.get('validation', 0.1):.0%}"
-        rows.append([title, f"`{recipe}`", source, config["model"], start, config["epochs"], trained, share, listed])
-    head = ["model", "recipe", "source", "network", "starts from", "epochs", "attack in training", "held out", "seeds"]
+        where = " or ".join(dict.fromkeys(record["device"] for record in seeds))
+        rows.append(
+            [title, f"`{recipe}`", source, config["model"], start, config["epochs"], trained, share, where, listed]
+        )
+    head = ["model", "recipe", "source", "network", "starts from", "epochs", "attack in training", "held out"]
+    head += ["trained on", "seeds"]
     return tables.markdown(head, rows).splitlines()
 
 

@@ -89,13 +89,23 @@ def disparity() -> str:
 
 
 def fairness(titles: Sequence[str] = FAIR, dataset: str = "fashion_mnist") -> str:
-    """The paper's Table 1: average and worst class of each error of these titles that have shipped runs."""
+    """The paper's Table 1: average and worst class of each error of these titles that have shipped runs.
+
+    For CIFAR-10 its Tables 3 and 4's best classes, and its Figure 1's other radius where the records have it.
+    """
     found = shipped(titles, dataset)
     if not found:
         return UNMEASURED
-    means = tables.means(tables.scores(found))
-    rows = [[names.title(recipe), *row, len(found[recipe])] for recipe, row in means.iterrows()]
-    return tables.markdown(["", *means.columns, "seeds"], rows)
+    means, paper = tables.means(tables.scores(found)), dataset == "cifar10"
+    more = {f"{kind} best": (kind.replace("robust", tables.MEASURES[1]), "best") for kind in ("natural", "robust")}
+    second = f"PGD-20 {tables.SECOND}/255"
+    more |= {f"{tables.SECOND}/255 {part}": (second, part) for part in ("average", "worst")}
+    rows = []
+    for recipe, row in means.iterrows():
+        every = tables.summary(tables.tidy({recipe: found[recipe]})).stack().to_dict() if paper else {}
+        cells = [every.get((recipe, *where), "") for where in more.values()] if paper else []
+        rows.append([names.title(recipe), *row, *cells, len(found[recipe])])
+    return tables.markdown(["", *means.columns, *(more if paper else ()), "seeds"], rows)
 
 
 def claims_of(number: str) -> Callable[[], str]:
@@ -157,16 +167,20 @@ def signs() -> str:
         found = shipped(list(names.METHODS), dataset)
         table = tables.statistics(tables.tidy(found)).to_dict("index") if found else {}
         for recipe, seeds in found.items():
-            measured = [table[recipe, measure] for measure in ("natural", f"PGD-20 {tables.SIGNS}/255")]
+            scored, first = tables.scores({recipe: seeds}).mean(), seeds[0]
+            clean, attacked = (table[recipe, measure] for measure in ("natural", f"PGD-20 {tables.SIGNS}/255"))
             parts = ("average", "average over images", "worst", "best")
-            cells = [f"{row[part]:.1f}" for row in measured for part in parts]
+            cells = [clean[part] for part in parts] + [scored[f"boundary {part}"] for part in ("average", "worst")]
+            cells = [f"{value:.1f}" for value in (*cells, *(attacked[part] for part in parts))]
+            sizes = dict(zip(first["class_names"], first["training_counts"], strict=True))
+            hardest = dict.fromkeys(row["worst class"] for row in (clean, attacked))
+            cells.append("; ".join(f"{name} ({sizes[name]:,})" if name in sizes else name for name in hardest))
             about = f"{names.dataset(dataset)}, {names.title(recipe)}"
-            lines.append(
-                [about, *cells, measured[1]["worst class"], f"{sum(seeds[0]['training_counts']):,}", len(seeds)]
-            )
+            lines.append([about, *cells, tables.trained_on(first), len(seeds)])
     kinds = ("average over classes", "over images", "worst", "best")
-    head = ["", *(f"{kind}, {part}" for kind in ("natural", f"{tables.SIGNS}/255") for part in kinds)]
-    return tables.markdown([*head, "worst class", "training images", "seeds"], lines) if lines else UNMEASURED
+    head = [f"natural, {part}" for part in kinds] + ["boundary, average over classes", "boundary, worst"]
+    head += [f"{tables.SIGNS}/255, {part}" for part in kinds] + ["worst class, clean; attacked (its training images)"]
+    return tables.markdown(["", *head, "training images", "seeds"], lines) if lines else UNMEASURED
 
 
 def steps() -> str:
@@ -178,14 +192,11 @@ def steps() -> str:
             for measure in () if errors is None else ("natural", f"PGD-20 {eps}/255"):
                 ours, ten = (tables.classwise(errors, r, measure) for r in (recipe, "pgd_at"))
                 change = (ours - ten).dropna()
-                most = change.mean().abs().idxmax()
-                cells = [
-                    tables.plus_minus(change.mean(axis=1)),
-                    f"{most} {change.mean()[most]:+.1f}",
-                    f"{ten.std()[most]:.1f}",
-                ]
+                most = change.mean().abs().sort_values(ascending=False, kind="stable").index[:3]
+                changes = ", ".join(f"{name} {change.mean()[name]:+.1f} ({ten.std()[name]:.1f})" for name in most)
+                cells = [tables.plus_minus(change.mean(axis=1)), changes]
                 lines.append([names.dataset(dataset), names.title(recipe), measure, *cells, len(change)])
-    head = ["", "recipe", "error", "average", "class that changes most", "its sd over seeds", "seeds"]
+    head = ["", "recipe", "error", "average", "classes that change most (their sd over seeds)", "seeds"]
     return tables.markdown(head, lines) if lines else UNMEASURED
 
 
@@ -218,11 +229,12 @@ def colour() -> str:
             beside = [f"{way[k]['ratio']} ×" for k in ("torchattacks", "adv-lib") if way and k in way]
             text = f"{way['images_per_s']}/s" if way else "measures in float32"
             cells.append(f"{text} ({' and '.join(beside)})" if beside else text)
-        last = row["ways"].get("kit, bf16", row["ways"]["kit, float32"])
+        dataset = {"cnn3": "gtsrb", "cnn4": "gtsrb17"}.get(row["model"], "cifar10")
+        trained = recipes.configure("pgd_at", dataset, 0, model=row["model"]).precision.replace("tf32", "float32")
         title = f"{models.TITLES[row['model']]}, {row['work']}, batch {row['batch']}"
-        epoch = f"{last['epoch_s']:,} s" if row["work"].startswith("train") else ""
+        epoch = f"{row['ways'][f'kit, {trained}']['epoch_s']:,} s, {trained}" if row["work"].startswith("train") else ""
         lines.append([title, *cells, epoch])
-    head = [found["device"], "torchattacks", "adv-lib", "kit, float32", "kit, bf16", "epoch in bf16"]
+    head = [found["device"], "torchattacks", "adv-lib", "kit, float32", "kit, bf16", "an epoch, as trained"]
     return tables.markdown(head, lines)
 
 
@@ -235,7 +247,7 @@ def colour_formats() -> str:
     changed = {**found["largest_class_difference_points"]}
     changed["another attack seed"] = found["largest_class_difference_of_attack_seeds_points"]
     images = f"{found['test_images']:,} images, {found['smallest_class']} in the smallest class"
-    head = [f"{found['run']}, {found['attack']}; {images}", "largest change of a class, points"]
+    head = [f"{found['device']}; {found['run']}, {found['attack']}; {images}", "largest change of a class, points"]
     return tables.markdown(head, [[name, value] for name, value in changed.items()])
 
 

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from frlkit.report import mechanism
 from frlkit.report.names import title
-from frlkit.report.tables import MEASURES, SIGNS
+from frlkit.report.tables import MEASURES, SECOND, SIGNS
 
 COLOURS = ("#4c72b0", "#dd8452", "#8c2d04")  # natural, then robust at growing radii
 MANY = 20  # classes
@@ -58,11 +58,12 @@ def class_bars(errors: pd.DataFrame, order: Sequence[str], note: str) -> Figure:
     """Class-wise error bars, one panel per recipe: natural and under PGD at both radii.
 
     `errors` is `tables.tidy`'s; `order` sorts the classes, `note` says what data these are. The radius that signs are
-    trained at takes the place of 8/255 there; many classes have a panel's row for themselves.
+    trained at takes the place of 8/255 there, CIFAR-10 has 4 and 8/255; many classes have a panel's row for themselves.
     """
-    counts = _counts(errors)
-    signs = f"PGD-20 {SIGNS}/255"
-    measures = [MEASURES[0], signs if signs in set(errors["measure"]) else MEASURES[1], MEASURES[2]]
+    counts, there = _counts(errors), set(errors["measure"])
+    signs, second = f"PGD-20 {SIGNS}/255", f"PGD-20 {SECOND}/255"
+    measures = [MEASURES[0], signs if signs in there else MEASURES[1], MEASURES[2]]
+    measures = [MEASURES[0], second, MEASURES[1]] if second in there else measures
     columns = 1 if len(counts) == 1 or len(order) > MANY else 2
     rows = -(-len(counts) // columns)
     shape = {"figsize": (13, 3.9 * rows), "sharey": True, "squeeze": False, "layout": "constrained"}

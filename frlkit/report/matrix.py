@@ -18,16 +18,12 @@ from frlkit.report import claims, names, tables
 
 HOME = "fashion_mnist"
 #: The columns, and of each why there may be nothing; SVHN is a user's own download.
-DATASETS = {
-    HOME: "not asked",
-    "gtsrb": "no runs",
-    "gtsrb17": "not run there",
-    "cifar10": "not run there",
-    "svhn": "no data",
-}
+DATASETS = {HOME: "not asked", **dict.fromkeys(("gtsrb", "gtsrb17", "cifar10"), "no runs"), "svhn": "no data"}
 KEPT = "claims.json"
 _NUMBER = re.compile(r": ((?:partial )?rho )?(-?\d[\d.]*(?: ± \d[\d.]*)?)( points| %|(?! seed)(?!\d))")
-_REASON = re.compile(r"no runs|\d+ seeds?(?=, \d+ needed)|\((.* needed)\)$|no (?:partial )?rank correlation.*")
+_REASON = re.compile(r"\d+ seeds?(?=, \d+ needed)|\((.* needed)\)$|no (?:partial )?rank correlation.*")
+#: The keys of claims about the report's own recipes, which are Fashion-MNIST's.
+_REPORTS = re.compile(r"report-|remargin-(worse|labels|variance|slightly)$")
 
 Row = Mapping[str, Any]
 
@@ -89,7 +85,11 @@ def cell(row: Row) -> str:
         says = [f"{numbers[0][1] or ''}{low} to {high}{numbers[0][3] or ''}"]
     if row["verdict"] == "not tested":
         says += dict.fromkeys(found[1] or found[0] for part in parts if (found := _REASON.search(part)))
-    return ": ".join([row["verdict"], *([", ".join(says)] if says else [])])
+    lacking = [part.removesuffix(": no runs") for part in parts if part.endswith(": no runs")]
+    if lacking and not says:
+        return "no runs"
+    text = ": ".join([row["verdict"], *([", ".join(says)] if says else [])])
+    return f"{text}; no runs: {', '.join(lacking)}" if lacking else text
 
 
 def table(project: Path = PROJECT) -> str:
@@ -98,23 +98,25 @@ def table(project: Path = PROJECT) -> str:
     for key, stated in claims.statements().items():
         if stated.get("data") == "two Gaussians" or key.startswith("own-"):  # of anyone's own model
             continue
-        cells = [cell(judged[d][key]) if key in judged[d] else _why(judged, d, key) for d in DATASETS]
-        lines.append([f"{stated['source']}: {stated['says']}", *cells])
+        lines.append([f"{stated['source']}: {stated['says']}", *(_shown(judged, d, key) for d in DATASETS)])
     return tables.markdown(["claim", *map(names.dataset, DATASETS)], lines)
 
 
-def _why(judged: Mapping[str, Mapping[str, Row]], dataset: str, key: str) -> str:
-    """Why a claim was not judged: its notebook has not asked it of these data, or was not run on them."""
+def _shown(judged: Mapping[str, Mapping[str, Row]], dataset: str, key: str) -> str:
+    """A claim's cell, or why there is none: its notebook has not asked it of these data, or was not run on them."""
+    found = cell(judged[dataset][key]) if key in judged[dataset] else DATASETS[dataset]
     asked = {row.get("notebook") for row in judged[dataset].values()}
     mine = {row.get("notebook") for rows in judged.values() for row in (rows.get(key, {}),) if row}
-    return "not asked there" if asked & mine else DATASETS[dataset]
+    elsewhere = _REPORTS.match(key) and found == "no runs"
+    return "not asked there" if elsewhere or (key not in judged[dataset] and asked & mine) else found
 
 
 def carried(project: Path = PROJECT) -> str:
     """How many of the paper's own statements hold on each data set, as Markdown."""
     judged = every(project)
     asked = [key for key, stated in claims.statements().items() if stated["source"].startswith("Paper")]
-    counts = {d: Counter(judged[d][key]["verdict"] if key in judged[d] else "not run" for key in asked) for d in judged}
-    order = [*claims.CARRIED, *claims.CARRIED.values(), "not established", "not tested", "not run"]
+    counts = {d: Counter(re.split("[:;]", _shown(judged, d, key))[0] for key in asked) for d in judged}
+    order = [*claims.CARRIED, *claims.CARRIED.values(), "not established", "not tested", "not asked there"]
+    order += dict.fromkeys(DATASETS.values())
     lines = [[v, *(counts[d][v] or "" for d in judged)] for v in order if any(counts[d][v] for d in judged)]
     return tables.markdown([f"the paper's {len(asked)} statements", *map(names.dataset, DATASETS)], lines)

@@ -204,6 +204,11 @@ def robust_errors(record: Mapping[str, Any], eps_255: float) -> np.ndarray:
     return np.array(entry_of(record, eps_255)["robust"])
 
 
+def has(record: Mapping[str, Any], eps_255: float) -> bool:
+    """Whether a record has the standard attack at a radius in 1/255."""
+    return any(Attack(**entry["attack"]) == Attack(eps_255=eps_255) for entry in record["attacks"])
+
+
 def entry_of(record: Mapping[str, Any], eps_255: float) -> dict[str, Any]:
     """A record's entry for the standard attack at a radius in 1/255; raises `KitError` where it has none."""
     for entry in record["attacks"]:

@@ -15,16 +15,15 @@ from frlkit import KitError, checkpoint
 from frlkit.records import read, standard
 from frlkit.report import statistics as numbers
 from frlkit.report.names import plain
-from frlkit.report.studies import robust_errors
+from frlkit.report.studies import has, robust_errors
 
 pd.set_option("display.html.use_mathjax", False)  # a class may be called "$5" or "a$b$"
 
 RADII = (8, 16)  # of the standard attacks, in 1/255
 SIGNS = 12  # the radius at which the paper's traffic signs are trained and attacked, in 1/255
+SECOND = 4  # the other radius of the paper's Figure 1, which is CIFAR-10's, in 1/255
 MEASURES = ("natural", *(f"PGD-20 {eps}/255" for eps in RADII))
 FORMATS = ("text", "markdown", "csv", "json")
-
-_NO_RUNS = pd.MultiIndex.from_arrays([[], []], names=["recipe", "seed"])
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # recipe -> one record per seed
 
@@ -41,16 +40,16 @@ def error_table(record: Mapping[str, Any], robust: Sequence[float]) -> pd.DataFr
     if len(set(images)) > 1:
         over_images = frame.mul(images, axis=0).sum() / sum(images)
         rows = {"average over classes": frame.mean(), "average over images": over_images, "worst": frame.max()}
-    below = pd.DataFrame(rows).T
-    return (100 * pd.concat([frame, below])).round(1)
+    return (100 * pd.concat([frame, pd.DataFrame(rows).T])).round(1)
 
 
 def tidy(records: Records) -> pd.DataFrame:
     """One row per recipe, seed, class and measure: error in per cent, and the class's images.
 
-    The measures are `MEASURES`, and behind them these records' `radius` where it is another.
+    The measures are `MEASURES`; behind them these records' other `radius`, and CIFAR-10's `SECOND` if all have it.
     """
-    radii, rows = dict.fromkeys((*RADII, radius(records))), []
+    second = [SECOND] * all(r.get("dataset") == "cifar10" and has(r, SECOND) for one in records.values() for r in one)
+    radii, rows = dict.fromkeys((*RADII, radius(records), *second)), []
     for recipe, seeds in records.items():
         for record in seeds:
             by_measure = [record["natural"], *(robust_errors(record, eps) for eps in radii)]
@@ -67,13 +66,17 @@ def radius(records: Records) -> int:
 
 
 def note(source: str, network: str, record: Mapping[str, Any]) -> str:
-    """What stands behind a figure's title: data set, network, images to train (where the record has them) and to test.
-
-    GTSRB's download has 26,640 images to train, all of it 39,209. Fewer attack steps than ten are said, too.
-    """
-    training = f"{sum(record['training_counts']):,} training and " if "training_counts" in record else ""
+    """Behind a figure's title: data set, network, attack steps if fewer than ten, images to train and to test."""
+    training = f"{words} training and " if (words := trained_on(record)) else ""
     few = f", {steps} attack steps in training" if (steps := record.get("config", {}).get("steps", 10)) < 10 else ""
     return f"{source}, {network}{few}; {training}{record['images']:,} test images"
+
+
+def trained_on(record: Mapping[str, Any]) -> str:
+    """How many images trained a model; of GTSRB's, of how many: torchvision downloads 26,640, all of it has 39,209."""
+    counts, signs = record.get("training_counts"), "gtsrb" in record.get("dataset", "")
+    of = f" of {39_209 if counts and max(counts) > 1500 else 26_640:,}" if signs else ""
+    return f"{sum(counts):,}{of}" if counts else ""
 
 
 def sizes(records: Records, recipe: str) -> pd.DataFrame:
@@ -246,22 +249,21 @@ def scores(records: Records, eps_255: float | None = None) -> pd.DataFrame:
     """
     eps_255 = radius(records) if eps_255 is None else eps_255
     rows: dict[tuple[str, int], dict[str, float]] = {}
-    kinds: dict[str, np.ndarray]
     for recipe, seeds in records.items():
         for record in seeds:
             natural, robust = np.array(record["natural"]), robust_errors(record, eps_255)
-            kinds = {"natural": natural, "boundary": robust - natural, "robust": robust}
-            rows[recipe, record["config"]["seed"]] = {
+            kinds: dict[str, np.ndarray] = {"natural": natural, "boundary": robust - natural, "robust": robust}
+            found = {
                 f"{kind} {what}": 100 * getattr(errors, how)()
                 for kind, errors in kinds.items()
                 for what, how in (("average", "mean"), ("worst", "max"))
             }
             if len(set(images := record.get("class_counts", ()))) > 1:
-                over = {f"{kind} average over images": 100 * np.average(e, weights=images) for kind, e in kinds.items()}
-                rows[recipe, record["config"]["seed"]] |= over
+                found |= {f"{k} average over images": 100 * np.average(e, weights=images) for k, e in kinds.items()}
+            rows[recipe, record["config"]["seed"]] = found
     columns = [f"{kind} {what}" for kind in ("natural", "boundary", "robust") for what in ("average", "worst")]
     columns = list(next(iter(rows.values()), columns))
-    index = pd.MultiIndex.from_tuples(list(rows), names=["recipe", "seed"]) if rows else _NO_RUNS
+    index = pd.MultiIndex.from_tuples(list(rows), names=["recipe", "seed"])
     return pd.DataFrame(list(rows.values()), index, columns, dtype=float)
 
 
@@ -280,14 +282,12 @@ def last_epoch(histories: Records) -> pd.DataFrame:
 
 def means(scored: pd.DataFrame) -> pd.DataFrame:
     """`scores`, or their differences, as mean ± sd over seeds: one row per recipe."""
-    found = scored.groupby(level="recipe", sort=False)
-    return pd.DataFrame({recipe: part.apply(plus_minus) for recipe, part in found}).T
+    return pd.DataFrame({recipe: part.apply(plus_minus) for recipe, part in scored.groupby(level=0, sort=False)}).T
 
 
 def gap(errors: pd.DataFrame, recipe: str, measure: str) -> pd.Series:
     """Worst class minus average over classes, in percentage points, seed by seed."""
-    scores = classwise(errors, recipe, measure)
-    return scores.max(axis=1) - scores.mean(axis=1)
+    return (scores := classwise(errors, recipe, measure)).max(axis=1) - scores.mean(axis=1)
 
 
 def plus_minus(values: Sequence[float] | np.ndarray | pd.Series, decimals: int = 1) -> str:

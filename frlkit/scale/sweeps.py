@@ -185,11 +185,11 @@ def _expand(entry: Any, defaults: dict[str, Any], root: Path) -> Iterator[Run]:
         yield Run(recipes.spelled(recipe), config, runs.folder(root, recipe, config))
 
 
-def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
+def estimate(planned: Sequence[Run], root: Path, workers: int, gpu: bool = False) -> float | None:
     """Seconds that what is left takes on so many workers, from finished runs of one thread; None without any.
 
     An image through the network takes what it took the finished runs of the same recipe, else of any, with the same
-    data and batches."""
+    data and batches, on a processor, or on any `gpu`."""
     rates: dict[tuple[Any, ...], list[float]] = {}
     sizes: dict[tuple[Any, ...], tuple[int, int]] = {}
     for path in root.glob("*/*/seed*/history.json"):
@@ -197,6 +197,8 @@ def estimate(planned: Sequence[Run], root: Path, workers: int) -> float | None:
         try:
             config = (FairConfig if "start" in history["config"] else Config)(**history["config"])
         except KitError:  # another kit's fields, or a network of one's own
+            continue
+        if (records.device(history) != "CPU") != gpu:
             continue
         key = (config.dataset, config.model, config.batch_size)
         if key not in sizes:
@@ -288,11 +290,11 @@ def _done(run: Run, failed: dict[Path, str]) -> bool:
         return False
 
 
-def preview(planned: Sequence[Run], root: Path, workers: int) -> str:
+def preview(planned: Sequence[Run], root: Path, workers: int, gpu: bool = False) -> str:
     """A plan as lines of text: each run done or left, and how long what is left may take."""
     lines = [f"{'done' if run.done else 'left'}  {run.name}" for run in planned]
     left = sum(line.startswith("left") for line in lines)
-    seconds = estimate(planned, root, workers)
+    seconds = estimate(planned, root, workers, gpu)
     time = "unknown: no run of such data and batches is finished" if seconds is None else f"about {took(seconds)}"
     last = f"{len(planned)} runs, {len(planned) - left} done, {left} left; time on {workers} processes: {time}"
     return "\n".join([*lines, last])
