@@ -80,8 +80,9 @@ def cell(row: Row) -> str:
     parts = row["evidence"].split("; ")
     numbers = [found for part in parts if (found := _NUMBER.search(part))]
     says = [f"{found[1] or ''}{found[2]}{found[3] or ''}" for found in numbers[:1]]
-    if len(middles := {found[2].split()[0] for found in numbers}) > 1:
-        low, high = (f(middles, key=float) for f in (min, max))
+    middles = {float(text): text for text in (found[2].split()[0] for found in numbers)}  # -0.0 and 0.0 are one
+    if len(middles) > 1:
+        low, high = (middles[f(middles)] for f in (min, max))
         says = [f"{numbers[0][1] or ''}{low} to {high}{numbers[0][3] or ''}"]
     if row["verdict"] == "not tested":
         says += dict.fromkeys(found[1] or found[0] for part in parts if (found := _REASON.search(part)))
