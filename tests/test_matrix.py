@@ -29,7 +29,7 @@ class TestCell:
         [
             ("confirmed", "A − B: -8.3 ± 1.9 points [-10.7, -5.9], p 0.011", "confirmed: -8.3 ± 1.9 points"),
             ("partly", "A: 2.4 ± 1.8 points [0.2, 4.7], p 0; B: 10.1 ± 1 points [5, 1]", "partly: 2.4 to 10.1 points"),
-            ("refuted", "A: 0.0 ± 0.1 points; B: -0.0 ± 0.1 points", "refuted: 0.0 ± 0.1 points"),  # in any order of a set
+            ("refuted", "A: 0.0 ± 0.1 points; B: -0.0 ± 0.1 points", "refuted: 0.0 ± 0.1 points"),
             ("confirmed", "A: rho 0.95, without x 0.93 (medians of 5 seeds); B: rho 0.95, p 0", "confirmed: rho 0.95"),
             ("refuted", "A: partial rho -0.31 (median of 5 seeds)", "refuted: partial rho -0.31"),
             ("not tested", "S: -37.8 ± 4.3 %, 3 seeds, 5 needed", "not tested: -37.8 ± 4.3 %, 3 seeds"),
