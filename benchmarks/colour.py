@@ -3,8 +3,12 @@
     python benchmarks/colour.py --json benchmarks/colour.json                    # or: make bench
     FRLKIT_DATA=... python benchmarks/colour.py --run checkpoints/gtsrb/pgd_at/seed0 --json benchmarks/colour.json
 
+    FRLKIT_DATA=... python benchmarks/colour.py --parts --run checkpoints/gtsrb/pgd_at/seed0 --json FILE
+
 The second times nothing: it measures what bf16 in an attack changes. A processor without bf16 computes it in software,
-and takes more than a quarter of an hour.
+and takes more than a quarter of an hour. The third times each of the kit's measures alone, in float32, on versus off:
+channels last and the folding of batch normalisation in an attack of ten steps, and, of the run, that an evaluation
+leaves out images that are wrong clean.
 
 Every round runs all ways once on the same images; a ratio is the median of the rounds' ratios. The baselines' network
 is written from torch's layers, or is the kit's own as it is built, without the layout and the folding that are the
@@ -15,6 +19,7 @@ images cost what real ones do; hours are extrapolated.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -24,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import click
 
@@ -35,7 +41,7 @@ import torchattacks
 from epoch import processor
 from torch import Tensor, nn
 
-from frlkit import checkpoint, data, evaluation, losses, models, recipes, records, runs
+from frlkit import checkpoint, data, evaluation, kernels, losses, models, recipes, records, runs
 from frlkit.data import Split
 from frlkit.evaluation import Attack
 
@@ -144,15 +150,17 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
     return clock() - began
 
 
-def compare(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Every way once a round, after one round that is not counted: seconds, and ratios to each baseline."""
+def compare(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, against: Sequence[str] = BASELINES
+) -> dict[str, dict[str, Any]]:
+    """Every way once a round, after one round that is not counted: seconds, and ratios to each of the baselines."""
     for step in ways.values():
         seconds(step, device)
     timed = [{label: seconds(step, device) for label, step in ways.items()} for _ in range(rounds)]
     found = {}
     for label in ways:
         entry: dict[str, Any] = {"seconds": round(statistics.median(one[label] for one in timed), 4)}
-        for baseline in BASELINES if label not in BASELINES else ():
+        for baseline in against if label not in against else ():
             ratios = sorted(one[baseline] / one[label] for one in timed)
             low, median, high = ratios[0], statistics.median(ratios), ratios[-1]
             entry[baseline] = {"ratio": round(median, 2), "lowest": round(low, 2), "highest": round(high, 2)}
@@ -171,6 +179,39 @@ def rows(name: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
             entry["images_per_s"] = round(batch / entry["seconds"], 1)
             entry["epoch_s"] = round(epoch / batch * entry["seconds"])
         made.append({"model": name, "work": work, "batch": batch, "epoch_images": epoch, "ways": found})
+    return made
+
+
+def parts(names: Sequence[str], place: Path | None, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """What each measure of the kit's is worth alone: how many times the seconds without it are those with it."""
+    made = []
+
+    def note(model: str, part: str, off: Callable[[], Any], on: Callable[[], Any]) -> None:
+        found = compare({"off": off, "on": on}, rounds, device, ("off",))
+        made.append({"model": model, "part": part, "seconds": found["on"]["seconds"], **found["on"]["off"]})
+
+    for name in names:
+        batch, _ = NETWORKS[name]
+        x, y = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 10
+        rows, last = (models.build(name, seed=0).to(device).eval() for _ in range(2))
+        last = models.place(last, device)
+
+        def attack(model: nn.Module, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return evaluation.pgd(model, x, y, EPS, STEP, 10, generator=evaluation.stream(0, device=x.device))
+
+        def unfolded(model: nn.Module, attack: Callable[[nn.Module], Tensor] = attack) -> Tensor:
+            with mock.patch.object(kernels, "folded", lambda model: model):
+                return attack(model)
+
+        note(name, "channels last", functools.partial(unfolded, rows), functools.partial(unfolded, last))
+        if name not in ("cnn3", "cnn4"):  # have no batch normalisation
+            note(name, "batch norm folded", functools.partial(unfolded, last), functools.partial(attack, last))
+    if place:
+        model, config = runs.read_weights(place / runs.WEIGHTS)
+        test = data.load(config["dataset"], device=device).test.take(torch.arange(evaluation.BATCH))
+        model, standard = models.place(model, device), Attack(eps_255=config["eps_255"])
+        measure = functools.partial(evaluation.predictions, model, test, standard)
+        note(f"{config['model']}, {'/'.join(place.parts[-3:])}", "wrong clean left out", lambda: measure(True), measure)
     return made
 
 
@@ -220,8 +261,9 @@ def _stands(model: nn.Module, test: Split, attack: Attack, start: int) -> Tensor
 @click.option(
     "--run", "place", type=click.Path(path_type=Path), help="Time nothing: compare number formats on this run."
 )
+@click.option("--parts", "apart", is_flag=True, help="Time each of the kit's measures alone, the last on --run.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there.")
-def main(rounds: int, networks: Sequence[str], device: str, place: Path | None, out: Path | None) -> None:
+def main(rounds: int, networks: Sequence[str], device: str, place: Path | None, apart: bool, out: Path | None) -> None:
     """Time the colour networks with both libraries and with the kit on this machine, or compare number formats."""
     where = data.pick_device(device)
     torch.set_num_threads(1)  # as runs have
@@ -232,7 +274,9 @@ def main(rounds: int, networks: Sequence[str], device: str, place: Path | None, 
         "bf16_in_hardware": torch.cpu._is_avx512_bf16_supported() if where.type == "cpu" else True,
         "versions": {**records.versions(), "torchattacks": torchattacks.__version__, "adv-lib": version("adv-lib")},
     }
-    if place:
+    if apart:
+        result = before | {"parts": {"rows": parts(networks or list(NETWORKS), place, rounds, where)} | machine}
+    elif place:
         if networks:
             raise click.UsageError("--run times nothing: leave out --network")
         result = before | {"formats": formats(place, where) | machine}
