@@ -41,7 +41,7 @@ class Config:
     steps: Annotated[int, Field(ge=1, le=10**5)] = 10
     attacked: Positive = 1.0  # pgd_at: share of each batch that is replaced by its adversarial images
     beta: Size = 6.0  # trades: weight of the KL term
-    augment: Literal["none", "crop", "crop_flip"] = "none"  # of the training images (see `data.augmented`)
+    augment: Literal["none", "crop_flip"] = "none"  # of the training images (see `data.augmented`)
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of the network's products, in training and its attacks
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay, per batch, of a running average of the weights, which is
     # then what is validated, steers the multipliers and is kept; 0: none

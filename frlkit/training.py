@@ -257,7 +257,7 @@ def train_epoch(run: Progress, part: tuple[int, int] = (0, 1), balance: fairness
         done = epoch + number / len(batches)
         x, y = split.batch(index)
         if config.augment != "none":
-            x = augmented(x, config.augment, shifts)
+            x = augmented(x, shifts)
         with evaluation.number_format(config.precision, device):
             batch_loss = loss(run.model, x, y, config, starts, balance, done / config.epochs)
         value = batch_loss.item()
