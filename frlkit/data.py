@@ -170,20 +170,19 @@ def folder_name(name: str) -> str:
     return f"{plain[:60]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
 
-def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Randomly shifted copies of a batch (N, channels, side, side), on its device; `kind` is "crop" or "crop_flip".
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Randomly shifted and mirrored copies of a batch (N, channels, side, side), on its device.
 
     A window of the old side is cut anywhere from the images padded by 4 black pixels, as torchvision's
-    ``RandomCrop(side, padding=4)`` does; "crop_flip" mirrors every image with probability one half as well.
+    ``RandomCrop(side, padding=4)`` does, and every image is mirrored with probability one half.
     """
     count, _, side, _ = images.shape
     device = images.device
     corner = torch.randint(2 * PADDING + 1, (2, count), generator=generator, device=device)
     window = torch.arange(side, device=device)
     rows, columns = corner[0, :, None] + window, corner[1, :, None] + window  # (N, side)
-    if kind == "crop_flip":
-        mirrored = torch.rand(count, generator=generator, device=device) < 0.5
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    mirrored = torch.rand(count, generator=generator, device=device) < 0.5
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (PADDING,) * 4)
     sample = torch.arange(count, device=device)[:, None, None]
     # The channels are last after indexing with (N, side, side) around a slice.

@@ -41,8 +41,7 @@ class Config:
     steps: Annotated[int, Field(ge=1, le=10**5)] = 10
     attacked: Positive = 1.0  # pgd_at: share of each batch that is replaced by its adversarial images
     beta: Size = 6.0  # trades: weight of the KL term
-    schedule: Literal["step", "cyclic"] = "step"  # cyclic: up to lr in the first two fifths of the run, then down to 0
-    augment: Literal["none", "crop", "crop_flip"] = "none"  # of the training images (see `data.augmented`)
+    augment: Literal["none", "crop_flip"] = "none"  # of the training images (see `data.augmented`)
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of the network's products, in training and its attacks
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay, per batch, of a running average of the weights, which is
     # then what is validated, steers the multipliers and is kept; 0: none
@@ -211,7 +210,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 #: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
-LATER = ("schedule", "augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary", "kappa", "ramp")
+LATER = ("augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary", "kappa", "ramp")
 
 
 def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:

@@ -189,7 +189,7 @@ def evaluate(
     }
     if path is not None and disk.exists(path):
         found = read(path)
-        found.setdefault("data_sha256", data.fingerprint)  # frlkit 0.1 kept none
+        found.setdefault("data_sha256", data.fingerprint)  # the first runs kept none
         found.setdefault("training_counts", record["training_counts"])
         if all(found.get(key) == record[key] for key in record if key != "attacks"):
             record = found

@@ -178,7 +178,7 @@ def _made_by(job: Job) -> str:
 
 def _hashes(job: Job) -> dict[str, str]:
     """The hash of every record and weights file among the runs of the job's data set; none where it has no data set."""
-    folder, names = job.runs(), ("*.json", "weights.pt", "weights.safetensors")
+    folder, names = job.runs(), ("*.json", "weights.safetensors")
     files = sorted(file for name in names for file in folder.rglob(name)) if folder else []
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

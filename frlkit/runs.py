@@ -66,7 +66,7 @@ def run(config: Config, data: Dataset, place: Path) -> nn.Module:
     if distributed.from_main(lambda: disk.exists(place / WEIGHTS) and at_rest(place)):
         return _finish(config, own, place)
     with disk.only_one(place) if distributed.is_main() else contextlib.nullcontext():
-        if not distributed.from_main(lambda: has_weights(place)):
+        if not distributed.from_main(lambda: disk.exists(place / WEIGHTS)):
             _train(config, own, place, data)
         return _finish(config, own, place)
 
@@ -75,18 +75,6 @@ def at_rest(place: Path) -> bool:
     """Whether a run is evaluated, nobody works in its folder, and no kill has left anything there."""
     left = disk.exists(place / "checkpoint.pt") or disk.exists(checkpoint.previous(place / "checkpoint.pt"))
     return disk.exists(place / "record.json") and disk.at_rest(place) and not left
-
-
-def has_weights(place: Path) -> bool:
-    """Whether a run is trained; weights that frlkit 0.1 left (``weights.pt``) are written anew as safetensors."""
-    old = place / "weights.pt"
-    if not disk.exists(place / WEIGHTS) and disk.exists(old):
-        state = checkpoint.read(old)
-        if missing := {"model", "config", "num_classes"} - set(state):
-            raise KitError(f"{old} is no weights file of a finished run: it has no {min(missing)}")
-        write_weights(place / WEIGHTS, state["model"], state["config"], state["num_classes"])
-        old.unlink()
-    return disk.exists(place / WEIGHTS)
 
 
 def _train(config: Config, data: Dataset, place: Path, whole: Dataset) -> None:
@@ -117,7 +105,7 @@ def _train(config: Config, data: Dataset, place: Path, whole: Dataset) -> None:
 
 def refuse_other_images(path: Path, found: Mapping[str, Any], data: Dataset) -> None:
     """Raise `KitError` where a run's file was made with other images or another split than these."""
-    if found.get("data_sha256", data.fingerprint) != data.fingerprint:  # frlkit 0.1 kept no fingerprint
+    if found.get("data_sha256", data.fingerprint) != data.fingerprint:  # the first runs kept no fingerprint
         raise KitError(
             f"{path} was made with other images of {data.name} than those that are there now: bring them back, or "
             "choose another folder for the runs, or delete that one"
@@ -210,7 +198,6 @@ def read_weights(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def load(place: Path, config: Config, device: str | torch.device = "cpu") -> nn.Module:
     """A finished run's model. Raises `KitError` where its file is damaged or belongs to another configuration."""
-    has_weights(place)
     model, found = read_weights(place / WEIGHTS)
     checkpoint.refuse_other(place, found, described(config))
     return models.place(model, device)

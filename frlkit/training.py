@@ -250,14 +250,14 @@ def train_epoch(run: Progress, part: tuple[int, int] = (0, 1), balance: fairness
     first, last = (len(batches) * (part[0] + k) // part[1] for k in (0, 1))
     shifts = stream(config.seed, epoch, AUGMENT, part[0], device=device)
     backward = "tf32" if config.precision == "bf16" else config.precision  # bf16's casts autograd repeats
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config, epoch)
     run.model.train()
     for number, index in enumerate(batches[first:last], start=first):
         done = epoch + number / len(batches)
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(config, done)
         x, y = split.batch(index)
         if config.augment != "none":
-            x = augmented(x, config.augment, shifts)
+            x = augmented(x, shifts)
         with evaluation.number_format(config.precision, device):
             batch_loss = loss(run.model, x, y, config, starts, balance, done / config.epochs)
         value = batch_loss.item()
@@ -284,9 +284,6 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
         kept.copy_(buffer)
 
 
-def learning_rate(config: Config, epoch: float) -> float:
-    """The rate after so many epochs, whole or not: lr / lr_divide^floor(epoch / lr_every), or the cyclic triangle."""
-    if config.schedule == "cyclic":
-        done = epoch / config.epochs
-        return config.lr * float(np.interp(done, [0, 0.4, 1], [0, 1, 0]))
-    return config.lr / config.lr_divide ** (int(epoch) // config.lr_every)
+def learning_rate(config: Config, epoch: int) -> float:
+    """The rate after so many epochs: lr / lr_divide^floor(epoch / lr_every)."""
+    return config.lr / config.lr_divide ** (epoch // config.lr_every)

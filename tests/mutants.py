@@ -110,7 +110,7 @@ MUTANTS = [
         "epoch 0's starts in every epoch",
         *("training.py", "stream(config.seed, epoch, START,", "stream(config.seed, 0, START,", TRAINING),
     ),
-    Mutant("the rate never falls", "training.py", "** (int(epoch) // config.lr_every)", "** 0", TRAINING),
+    Mutant("the rate never falls", "training.py", "** (epoch // config.lr_every)", "** 0", TRAINING),
     Mutant("TRADES without beta", "losses.py", "+ config.beta * (", "+ (", TRAINING),
     Mutant("training in eval mode", "training.py", "run.model.train()", "run.model.eval()", TRAINING),
     Mutant("the last images are left out", "training.py", "batches[first:last]", "batches[first : last - 1]", TRAINING),

@@ -1,4 +1,4 @@
-"""A run's folder: its weights as safetensors, those of frlkit 0.1, its images, and what carried it out."""
+"""A run's folder: its weights as safetensors, its images, and what carried it out."""
 
 from __future__ import annotations
 
@@ -118,53 +118,21 @@ class TestWeights:
             runs.read_weights(tmp_path / "nothing")
 
 
-class TestVersion01:
-    """Folders of frlkit 0.1 have ``weights.pt``, no outcomes and no fingerprint of their images."""
-
-    @pytest.fixture
-    def old(self, place: Path) -> Path:
-        state = {"config": recipes.described(NATURAL), "num_classes": 10, "model": weights_of(place)}
-        checkpoint.save(place / "weights.pt", state)
-        for name in (runs.WEIGHTS, records.OUTCOMES):
-            (place / name).unlink()
-        for name in ("record.json", "history.json"):
-            found = json.loads((place / name).read_text(encoding="utf-8"))
-            del found["data_sha256"]
-            checkpoint.write_json(place / name, found)
-        return place
-
-    def test_weights_are_written_anew(
-        self, old: Path, trained: Path, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(training, "train_epoch", never)
-        monkeypatch.setattr(records, "class_errors", never)
-        before = content(old)
-        model = runs.run(NATURAL, tiny, old)
-        after = content(old)
-        assert after.pop(runs.WEIGHTS) == (trained / runs.WEIGHTS).read_bytes()
-        assert before.pop("weights.pt") and after == before
-        assert checkpoint.digest(dict(model.state_dict())) == checkpoint.digest(weights_of(trained))
-
-    def test_loading_and_verifying_do_so_too(self, old: Path, tiny: Dataset, tmp_path: Path) -> None:
-        assert list(studies.verify(tmp_path, tiny)) == [(old, 0)]
-        assert sorted(content(old)) == ["history.json", "record.json", runs.WEIGHTS]
-
-    @pytest.mark.parametrize("missing", ["model", "config", "num_classes"])
-    def test_another_kind_of_file_is_refused_and_kept(self, old: Path, tiny: Dataset, missing: str) -> None:
-        state = checkpoint.read(old / "weights.pt")
-        del state[missing]
-        checkpoint.save(old / "weights.pt", state)
-        before = content(old)
-        with pytest.raises(KitError, match=rf"weights\.pt is no weights file of a finished run: it has no {missing}"):
-            runs.run(NATURAL, tiny, old)
-        assert content(old) == before
-
-    def test_damage_is_refused_and_kept(self, old: Path, tiny: Dataset) -> None:
-        (old / "weights.pt").write_bytes((old / "weights.pt").read_bytes()[:-100])
-        before = content(old)
-        with pytest.raises(KitError, match=r"weights\.pt is no whole file"):
-            runs.run(NATURAL, tiny, old)
-        assert content(old) == before
+def test_the_first_runs_kept_no_fingerprint_and_no_outcomes(
+    place: Path, trained: Path, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / records.OUTCOMES).unlink()
+    for name in ("record.json", "history.json"):
+        found = json.loads((place / name).read_text(encoding="utf-8"))
+        del found["data_sha256"]
+        checkpoint.write_json(place / name, found)
+    monkeypatch.setattr(training, "train_epoch", never)
+    before = content(place)
+    assert list(studies.verify(place.parents[2], tiny)) == [(place, 0)]
+    monkeypatch.setattr(records, "class_errors", never)
+    model = runs.run(NATURAL, tiny, place)
+    assert content(place) == before
+    assert checkpoint.digest(dict(model.state_dict())) == checkpoint.digest(weights_of(trained))
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, data: Dataset, place: Path, epoch: int, config: Config = NATURAL) -> None:

@@ -47,7 +47,7 @@ RUNS = {
     "pgd_at": Config("pgd_at", **SMALL),
     "pgd_at_half": Config("pgd_at", attacked=0.5, **SMALL),
     "trades": Config("trades", **SMALL),
-    "augmented": Config("natural", augment="crop_flip", schedule="cyclic", **SMALL),
+    "augmented": Config("natural", augment="crop_flip", **SMALL),
     "bf16": Config("pgd_at", precision="bf16", model="lenet5", **SMALL),
     "ema": Config("pgd_at", ema=0.9, **SMALL),
     "sgd": Config("natural", optimizer="sgd", lr=0.05, weight_decay=1e-4, **SMALL),
@@ -185,22 +185,6 @@ class TestLearningRate:
         config = replace(RUNS["natural"], lr=0.01, lr_divide=10.0, lr_every=2)
         runs.run(config, tiny, tmp_path)
         assert list(dict.fromkeys(rates)) == pytest.approx([0.01, 0.001])
-
-    def test_cyclic_by_hand(self) -> None:
-        config = Config("natural", lr=0.2, epochs=10, schedule="cyclic")
-        rates = [training.learning_rate(config, epoch) for epoch in (0, 1, 2.5, 4, 7, 9.99)]
-        assert rates == pytest.approx([0, 0.05, 0.125, 0.2, 0.1, 0.2 * 0.01 / 6])
-
-    def test_cyclic_moves_with_every_batch(self, tiny: Dataset) -> None:
-        config = replace(RUNS["natural"], schedule="cyclic", lr=0.01)
-        model = models.build("lenet5", seed=0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        run = training.Progress(config, tiny, model, optimizer, None, epoch=1)
-        rates = [optimizer.param_groups[0]["lr"] for _ in training.train_epoch(run)]
-        batches = math.ceil(len(tiny.train) / config.batch_size)
-        expected = [training.learning_rate(config, 1 + number / batches) for number in range(batches)]
-        assert rates == pytest.approx(expected)
-        assert len(set(rates)) > 2
 
 
 class TestLoss:

@@ -70,7 +70,7 @@ class Run:
         """Whether it is finished, and tidied up. Raises `KitError` where the folder's record is damaged, another run's,
         or of other images of a folder."""
         path = self.folder / "record.json"
-        if not any(disk.exists(self.folder / name) for name in (runs.WEIGHTS, "weights.pt")) or not disk.exists(path):
+        if not disk.exists(self.folder / runs.WEIGHTS) or not disk.exists(path):
             return False
         record = records.read(path)
         checkpoint.refuse_other(path, record.get("config", {}), recipes.described(self.config))
