@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import reprlib
 import types
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
@@ -117,6 +118,8 @@ def _in_words(kind: Any, metadata: list[Any]) -> str:
         return f"a list whose items are each {_in_words(*get_args(kind), [])}"
     if kind in (int, float):
         return ("a whole number" if kind is int else "a number") + _range(metadata)
+    if pattern := next((item.pattern for item in metadata if hasattr(item, "pattern")), ""):
+        return re.sub(r"\[0-9a-f\]\{(\d+)\}", r" and \1 hexadecimal digits", pattern.strip("^$"))
     return {bool: "True or False", str: "text", type(None): "nothing"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from frlkit import PROJECT, KitError, checkpoint, recipes, records, runs
 from frlkit.evaluation import Attack
-from frlkit.report import claims, coverage, documents
+from frlkit.report import cards, claims, coverage, documents
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
@@ -72,6 +72,40 @@ class TestSigns:
             "attacks": [{"attack": vars(Attack(float(eps))), **errors} for eps in (8, 16, 12)],
         }
         checkpoint.write_json(project / "checkpoints" / dataset / recipe / f"seed{seed}" / "record.json", record)
+
+    def test_the_models_card(self, project: Path) -> None:
+        """What each model was attacked with in training, and what is said to fail, by hand."""
+        for recipe, method, more in (
+            ("pgd_at", "pgd_at", {}),
+            ("natural", "natural", {"precision": "tf32"}),
+            ("n_fgsm", "n_fgsm", {"steps": 1}),
+            ("intercept", "intercept", {}),
+            ("head_norms", "intercept", {"moved": "norms"}),
+            ("certified", "certified", {}),
+        ):
+            self.put(project, recipe, 0, [0.9, 1.0 if recipe == "natural" else 0.7])
+            path = project / "checkpoints/gtsrb" / recipe / "seed0/record.json"
+            found = json.loads(path.read_text(encoding="utf-8"))
+            found["config"] |= {"method": method, "epochs": 2, "eps_255": 12.0, "steps": 10, **more}
+            checkpoint.write_json(path, found)
+            history = {"config": {}, "threads": 1, "epochs": [{"lr": 0.1, "loss": 1.0, "seconds": 1.0}]}
+            history["epochs"][0]["validation"] = {"natural": [0.1, 0.3], "robust": [0.9, 0.7]}
+            checkpoint.write_json(path.with_name("history.json"), history)
+        text = cards.card(project)
+        rows = [line.split(" | ") for line in text.splitlines() if line.count(" | ") == 9][1:]
+        assert {row[1].strip("`"): row[6] for row in rows if "---" not in row[1]} == {
+            "pgd_at": "12/255, 10 steps",
+            "natural": "none; tf32",
+            "n_fgsm": "12/255, 1 step",
+            "intercept": "none: only the output's biases change",
+            "head_norms": "none: only the output's norms change",
+            "certified": "none: intervals of 12/255",
+        }
+        assert (
+            "Known failures: under PGD-20 at 12/255, step 2/255, the worst class of each model is wrong on at least "
+            "90 % of its images; of `natural`, some model is wrong on all images of a class then. "
+            "6 of 6 recipes have fewer than 5 seeds: what tells them apart may be chance."
+        ) in text
 
     def test_nothing_yet(self, project: Path) -> None:
         of_cifar10 = documents.TABLES["cifar10"]()

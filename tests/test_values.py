@@ -38,6 +38,7 @@ class Sample:
     either: int | None = None
     listed: list[Share] = Field(default_factory=list)
     pair: Annotated[int, AfterValidator(even)] = 0
+    lent: Literal["none"] | Annotated[str, Field(pattern=r"^id-[0-9a-f]{4}$")] = "none"
 
 
 class TestSentences:
@@ -51,6 +52,7 @@ class TestSentences:
             ("flag", "True or False"),
             ("either", "a whole number or nothing"),
             ("listed", "a list whose items are each a number from 0 to 1"),
+            ("lent", "one of none or id- and 4 hexadecimal digits"),
         ],
     )
     def test_by_hand(self, name: str, words: str) -> None:
@@ -66,6 +68,7 @@ class TestSentences:
             ({"word": "left", "above": math.nan}, "above = nan is not allowed: use a number above 0 below 2.5"),
             ({"word": "left", "flag": 1}, "flag = 1 is not allowed: use True or False"),
             ({"word": "left", "pair": 3}, "pair = 3 is odd"),
+            ({"word": "left", "lent": "id-12"}, "lent = 'id-12' is unknown: use one of none or id- and 4 hexadecimal"),
             ({"word": "left", "colour": 3}, "'colour' is no field of Sample: use word, whole, above"),
             ({"word": "left", "whole": 1 << 20_000}, "whole = a number of thousands of digits is not allowed"),
             ({"word": "left", "whole": [[[10 * ["deep"]]]]}, "whole = [[[['deep', 'deep', 'deep', 'deep', 'deep', "),
@@ -86,8 +89,8 @@ class TestSentences:
         for values, name in ((("up",), "word"), (("left", 0.5), "whole"), (("left", 1, -1.0), "above")):
             with pytest.raises(KitError, match=f"^{name} = {values[-1]!r} is "):
                 Sample(*values)
-        with pytest.raises(KitError, match=r"^'value number 10' is no field of Sample"):
-            Sample("left", 0, 1.0, 0.0, 1, False, None, [], 0, 5)
+        with pytest.raises(KitError, match=r"^'value number 11' is no field of Sample"):
+            Sample("left", 0, 1.0, 0.0, 1, False, None, [], 0, "none", 5)
 
     @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda part: getattr(part, "__name__", part))
     def test_every_field_of_the_kit(self, kind: type, name: str) -> None:

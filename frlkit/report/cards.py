@@ -20,13 +20,14 @@ Written by `frlkit report` from the records beside the weights. A run's folder, 
 attack in `outcomes.npz`. `frlkit.runs.read_weights(PATH)` loads one, `frlkit verify` recomputes all. MIT licence.
 
 **Use.** Research on class-wise robustness: to recompute this kit's tables, to compare with other methods, to be
-attacked. Not to decide anything: under {attack}, the worst class of each is wrong on {least} % of its images or
-more, and none of these models knows an image that belongs to no class. `example/lenet5.pth` is none of them: a file as
-strangers publish theirs, without configuration or record, for notebook 06 to audit.
+attacked. Not to decide anything: under {attack}, the worst class of each is wrong on
+{least} % of its images or more, and none of these models knows an image that belongs to no class. `example/lenet5.pth`
+is none of them: a file as strangers publish theirs, without configuration or record, for notebook 06 to audit.
 
 **Known failures.** Robust errors are lower bounds, from PGD-20; AutoAttack finds more (notebook 05). Classes that
-resemble one another (T-shirt/top, Pullover, Coat, Shirt) are confused with one another: what a recipe gains on one of
-them another may pay. They were not trained for other radii, norms or corruptions.
+resemble one another (of Fashion-MNIST T-shirt/top, Pullover, Coat, Shirt) are confused with one another: what a recipe
+gains on one of them another may pay. Models of CIFAR-10 and of signs fail more, and have fewer seeds: how much is said
+with each data set. None was trained for other radii than its row names, nor for other norms or corruptions.
 """
 
 
@@ -44,7 +45,8 @@ def card(project: Path = PROJECT) -> str:
     least = min((studies.robust_errors(record, STANDARD[0].eps_255).max() for record in every), default=0)
     lines = [HEAD.format(attack=STANDARD[0], least=int(100 * least)).rstrip()]
     for dataset, found in by_data.items():
-        lines += ["", f"## {names.DATASETS[dataset]}", "", _images(found), "", *_about(found), "", *_classwise(found)]
+        lines += ["", f"## {names.DATASETS[dataset]}", "", _images(found), "", _failures(found)]
+        lines += ["", *_about(found), "", *_classwise(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -59,6 +61,32 @@ def _images(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     )
 
 
+def _failures(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """How badly the worst classes do under the standard attack, which recipes lose a class, and how few seeds have."""
+    attack, fewest = Attack(tables.radius(found)), 5  # seeds that a verdict takes
+    every = [(recipe, record) for recipe, seeds in found.items() for record in seeds]
+    robust = [(recipe, studies.robust_errors(record, attack.eps_255).max()) for recipe, record in every]
+    said = f"under {attack}, the worst class of each model is wrong on at least "
+    said += f"{int(100 * min(error for _, error in robust))} % of its images"
+    natural = [(recipe, max(record["natural"])) for recipe, record in every]
+    for errors, when in ((robust, "then"), (natural, "even without an attack")):
+        if lost := dict.fromkeys(f"`{recipe}`" for recipe, error in errors if error == 1):
+            said += f"; of {', '.join(lost)}, some model is wrong on all images of a class {when}"
+    few = sum(len(seeds) < fewest for seeds in found.values())
+    seeds = f"{few} of {len(found)} recipes have fewer than {fewest} seeds: what tells them apart may be chance"
+    return f"Known failures: {said}. {seeds}."
+
+
+def _attack(config: Mapping[str, Any]) -> str:
+    """What a run's loss attacks its training images with."""
+    radius, steps = f"{config['eps_255']:g}/255", config["steps"]
+    if config["method"] == "intercept":
+        return f"none: only the output's {config.get('moved', 'biases')} change"
+    if config["method"] == "certified":
+        return f"none: intervals of {radius}"
+    return "none" if config["method"] == "natural" else f"{radius}, {steps} step{'s' * (steps != 1)}"
+
+
 def _about(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     rows = []
     for recipe, seeds in found.items():
@@ -67,8 +95,7 @@ def _about(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         source = RECIPES[name].source if name in RECIPES else ""
         title = ", ".join([RECIPES[name].title if name in RECIPES else name, *recipe.split(",", 1)[1:]])
         start = config.get("start", "random weights")
-        trained = f"{config['eps_255']:g}/255, {config['steps']} steps" if config["method"] != "natural" else "none"
-        trained += f"; {config['precision']}" if "precision" in config else ""
+        trained = _attack(config) + (f"; {config['precision']}" if "precision" in config else "")
         share = f"{config.get('validation', 0.1):.0%}"
         where = " or ".join(dict.fromkeys(record["device"] for record in seeds))
         rows.append(
