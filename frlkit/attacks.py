@@ -198,13 +198,14 @@ def _per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     try:
         column = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     except (TypeError, ValueError, RuntimeError):
-        raise KitError(f"{name} = {value!r}: use a number in [0, 1], such as 8 / 255, or one per image") from None
-    if column.ndim == 0 and not 0 <= column <= 1:  # one radius per class may grow beyond, a single 8 is a wrong unit
-        raise KitError(f"{name} = {value!r}: use a number in [0, 1], such as 8 / 255, or one value per image")
+        column = x.new_tensor(math.nan)
     if column.shape not in ((), x.shape[:1]):
         raise KitError(
             f"{name} has shape {tuple(column.shape)}: use a number or one value for each of the {len(x)} images"
         )
-    if not bool((column.isfinite() & (column >= 0)).all()):
-        raise KitError(f"{name} = {value!r}: every value must be finite and 0 or more, in [0, 1] units such as 8 / 255")
+    most = math.inf if column.ndim else 1  # one radius per class may grow beyond 1, a single 8 is a wrong unit
+    if not bool((column.isfinite() & (column >= 0) & (column <= most)).all()):
+        raise KitError(
+            f"{name} = {value!r}: use a number in [0, 1], such as 8 / 255, or one per image, finite and 0 or more"
+        )
     return column.expand(len(x)).view(-1, 1, 1, 1)

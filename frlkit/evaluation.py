@@ -137,8 +137,7 @@ def class_errors(model: nn.Module, split: Split, attack: Attack) -> ClassErrors:
 def changed(model: nn.Module, split: Split, attack: Attack) -> np.ndarray:
     """Share of each class whose prediction the attack changes, right or wrong, (C,): the report's boundary error."""
     labels, clean, attacked = predictions(model, split, attack, True)
-    classes = split.classes or 0
-    return np.bincount(labels, clean != attacked, classes) / np.bincount(labels, minlength=classes)
+    return shares(clean != attacked, labels, split.classes)
 
 
 def predictions(
@@ -168,18 +167,24 @@ def class_similarity(model: nn.Module, split: Split, attack: Attack) -> Tensor:
     return sums / sums.sum(1, keepdim=True)
 
 
+def shares(marked: np.ndarray, labels: np.ndarray, classes: int | None = None) -> np.ndarray:
+    """Share of each class's samples that are marked, (C,). Raises `KitError` where one of so many classes has no image;
+    without their number, up to the largest label."""
+    counts = np.bincount(labels, minlength=classes or 0)
+    if (counts == 0).any():
+        raise KitError(f"class {int(counts.argmin())} has no image in this split: its error is undefined")
+    return np.bincount(labels, marked, len(counts)) / counts
+
+
 def tally(labels: np.ndarray, clean: np.ndarray, attacked: np.ndarray, classes: int | None = None) -> ClassErrors:
     """Class-wise errors from true labels and the predictions clean and under attack, all (N,) whole numbers.
 
     Raises `KitError` where one of so many classes has no image; without their number, up to the largest label.
     """
-    classes = classes or int(labels.max()) + 1
-    counts = np.bincount(labels, minlength=classes)
-    if (counts == 0).any():
-        raise KitError(f"class {int(counts.argmin())} has no image in this split: its error is undefined")
     right = clean == labels
     stands = right & (attacked == labels)
-    natural, robust = (np.bincount(labels[~sound], minlength=classes) / counts for sound in (right, stands))
+    natural, robust = (shares(~sound, labels, classes) for sound in (right, stands))
+    counts, classes = np.bincount(labels), len(natural)
     confusion = np.zeros((classes, max(classes, int(attacked.max()) + 1)), dtype=np.int64)
     np.add.at(confusion, (labels, attacked), 1)
     return ClassErrors(natural, robust, counts, confusion, right, stands)

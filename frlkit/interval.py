@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from frlkit import KitError
 from frlkit.data import Split
+from frlkit.evaluation import batches, shares
 from frlkit.models import ConvNet, LeNet5
 
 
@@ -84,11 +85,7 @@ def class_errors(model: nn.Module, split: Split, eps: float) -> np.ndarray:
 
     Raises `KitError` where a class has no image, or the network is not supported.
     """
-    worst = [worst_logits(model, *split.batch(slice(start, start + 1000)), eps) for start in range(0, len(split), 1000)]
+    worst = [worst_logits(model, *split.batch(rows), eps) for rows in batches(split)]
     # the label's own entry is 0, so one wrong class at 0 or above leaves the image uncertified
-    open_ = ((torch.cat(worst) >= 0).sum(1) > 1).cpu().numpy()
-    labels = split.labels.cpu().numpy()
-    counts = np.bincount(labels, minlength=split.classes)
-    if (counts == 0).any():
-        raise KitError(f"class {int(counts.argmin())} has no image in this split: its error is undefined")
-    return np.bincount(labels, open_, minlength=split.classes) / counts
+    open_ = (torch.cat(worst) >= 0).sum(1) > 1
+    return shares(open_.cpu().numpy(), split.labels.cpu().numpy(), split.classes)

@@ -12,6 +12,7 @@ from frlkit import fairness, interval
 from frlkit.attacks import logits, n_fgsm, pgd
 from frlkit.recipes import Config, FairConfig
 
+KAPPA = 0.5  # weight of the interval bound's cross-entropy in the certified loss
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -91,7 +92,7 @@ def _certified_loss(
     """(1 - kappa) * weighted cross-entropy of the clean images + kappa * that of the worst logits in the ball, which
     bounds it under any attack (Gowal et al., 2018). Radius and kappa rise over the first `config.ramp` of training."""
     done = interval.warm_up(progress, config.ramp)
-    eps, kappa = done * config.eps_255 / 255 * balance.radius_factors[y], done * config.kappa
+    eps, kappa = done * config.eps_255 / 255 * balance.radius_factors[y], done * KAPPA
     natural = _weighted_cross_entropy(logits(model, x), y, balance.weights_nat)
     worst = _weighted_cross_entropy(interval.worst_logits(model, x, y, eps), y, balance.weights_bdy)
     return (1 - kappa) * natural + kappa * worst

@@ -66,8 +66,7 @@ class FairConfig(fairness.Rule, Config):
     predicted_targets: bool = True  # report_reweight: attacked images are trained towards, and weighted by, the
     # prediction for the clean image (the report); False: towards its probabilities, weighted by the label
     unshuffled_labels: bool = False  # report_remargin: labels stay behind when the images are shuffled (the report)
-    kappa: Share = 0.5  # certified: weight of the interval bound's cross-entropy in the loss
-    ramp: Share = 0.0  # certified: share of the training over which radius and kappa rise from 0
+    ramp: Share = 0.0  # certified: share of the training over which radius and `losses.KAPPA` rise from 0
 
 
 class Recipe(NamedTuple):
@@ -210,7 +209,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 #: Fields that came after the first runs were shipped: a run's files name them only where they are not the default.
-LATER = ("augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary", "kappa", "ramp")
+LATER = ("augment", "precision", "ema", "validation", "inner_epochs", "moved", "boundary", "ramp")
 
 
 def configure(recipe: str, dataset: str, seed: int, **values: Any) -> Config:

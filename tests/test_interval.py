@@ -97,23 +97,25 @@ def test_class_errors(tiny: Dataset) -> None:
 
 
 class TestLoss:
-    def test_is_between_its_terms(self, tiny: Dataset) -> None:
+    def test_is_between_its_terms(self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
         model = models.build("lenet5", seed=2)
         x, y = tiny.test.batch(slice(0, 8))
 
         def loss(kappa: float) -> torch.Tensor:
-            return losses.loss(model, x, y, FairConfig("certified", kappa=kappa), stream(0), even(10)).detach()
+            monkeypatch.setattr(losses, "KAPPA", kappa)
+            return losses.loss(model, x, y, FairConfig("certified"), stream(0), even(10)).detach()
 
         torch.testing.assert_close(loss(0.0), F.cross_entropy(model(x), y).detach())
         torch.testing.assert_close(loss(0.25), 0.75 * loss(0.0) + 0.25 * loss(1.0))
         attacked = pgd(model, x, y, EPS, EPS / 4, 10)
         assert loss(0.0) < F.cross_entropy(model(attacked), y) < loss(1.0)
 
-    def test_radius_and_kappa_rise_together(self, tiny: Dataset) -> None:
-        model, config = models.build("lenet5", seed=2), FairConfig("certified", kappa=0.8, ramp=0.5)
+    def test_radius_and_kappa_rise_together(self, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, config = models.build("lenet5", seed=2), FairConfig("certified", ramp=0.5)
         x, y = tiny.test.batch(slice(0, 8))
         found = losses.loss(model, x, y, config, stream(0), even(10), 0.25)
-        half = FairConfig("certified", kappa=0.4, eps_255=4.0)
+        half = FairConfig("certified", eps_255=4.0)
+        monkeypatch.setattr(losses, "KAPPA", 0.25)
         torch.testing.assert_close(found, losses.loss(model, x, y, half, stream(0), even(10)))
 
     def test_weights_and_radii_by_class(self, tiny: Dataset) -> None:
@@ -122,7 +124,7 @@ class TestLoss:
         index = torch.cat([(tiny.test.labels == label).nonzero()[:3, 0] for label in range(3)])
         x, y = tiny.test.batch(index)
         balance = fairness.Setting(*(torch.rand(10, generator=stream(number)) + 0.5 for number in range(3)))
-        found = losses.loss(model, x, y, FairConfig("certified", kappa=0.3), stream(0), balance)
+        found = losses.loss(model, x, y, FairConfig("certified"), stream(0), balance)
         clean = worst = 0.0
         for image, label in zip(x, y, strict=True):
             logits = model(image[None])
@@ -130,12 +132,12 @@ class TestLoss:
             clean = clean + balance.weights_nat[label] * F.cross_entropy(logits, label[None])
             worst = worst + balance.weights_bdy[label] * F.cross_entropy(bound, label[None])
         clean, worst = clean / balance.weights_nat[y].sum(), worst / balance.weights_bdy[y].sum()
-        torch.testing.assert_close(found, 0.7 * clean + 0.3 * worst)
+        torch.testing.assert_close(found, 0.5 * clean + 0.5 * worst)
 
 
 def test_bad_input() -> None:
-    with pytest.raises(KitError, match="kappa = 2"):
-        FairConfig("certified", kappa=2.0)
+    with pytest.raises(KitError, match="ramp = 2"):
+        FairConfig("certified", ramp=2.0)
     with pytest.raises(KitError, match="ResNet is not supported"):
         interval.worst_logits(models.build("preact_resnet18"), torch.rand(1, 3, 32, 32), torch.tensor([0]), EPS)
 
