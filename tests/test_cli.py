@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -275,16 +276,50 @@ class TestTrain:
         assert "epochs is 1 there and 2 here" in sentence(call(*words, "--epochs", "2"))
 
     def test_an_interruption_says_how_to_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def run(*_: Any) -> None:
+        """Once there is something to go on from, be it of the run that it starts from."""
+        made: list[str] = []
+
+        def run(_: Any, __: Any, folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in made:
+                (folder.parents[1] / name).mkdir(parents=True, exist_ok=True)
+                (folder.parents[1] / name / ("run.lock" if len(made) == 1 else "checkpoint.pt")).touch()
             raise KeyboardInterrupt
 
         monkeypatch.setattr(runs, "run", run)
-        result = call("train", "natural", "--dataset", "digits", "--runs", tmp_path)
-        assert "the same command goes on from here" in sentence(result)
-        assert result.exit_code == 130
+        for names, goes_on in (([], False), (["uniform/seed0"], False), (["pgd_at/seed0", "other"], True)):
+            made[:] = names
+            result = call("train", "uniform", "--dataset", "digits", "--runs", tmp_path)
+            assert sentence(result) == "Error: interrupted" + goes_on * "; the same command goes on from here"
+            assert result.exit_code == 130
+        made[:] = []
+        assert sentence(call("train", "natural", "--dataset", "digits", "--runs", tmp_path)) == "Error: interrupted"
+
+    def test_an_interruption_before_anything_is_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("frlkit.reproduce.reproduce", stop)
+        monkeypatch.setattr("frlkit.audit.readings.read", stop)
+        monkeypatch.setattr("frlkit.scale.sweeps.preview", stop)
+        (tmp_path / "digits/natural/seed0").mkdir(parents=True)
+        (tmp_path / "digits/natural/seed0/checkpoint.pt").touch()
+        (tmp_path / "a.yaml").write_text("{dataset: digits, grid: [{recipe: natural}]}", encoding="utf-8")
+        for words in (
+            ("reproduce", "--output", tmp_path / "out", "--retrain"),
+            ("fairer", PROJECT / "checkpoints/example/lenet5.pth", "--output", tmp_path / "card", "--runs", tmp_path),
+            ("sweep", tmp_path / "a.yaml", "--dry-run", "--runs", tmp_path),
+        ):
+            assert sentence(call(*words)) == "Error: interrupted"
+        (tmp_path / "out/retrained/01").mkdir(parents=True)
+        (tmp_path / "out/retrained/01/done.json").touch()
+        result = call("reproduce", "--output", tmp_path / "out", "--retrain")
+        assert sentence(result) == "Error: interrupted; the same command goes on from here"
 
     def test_only_what_is_kept_is_said_to_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def stop(*_: Any, **__: Any) -> None:
+        def stop(*_: Any, path: Path | None, **__: Any) -> None:
+            if path:
+                path.touch()
             raise KeyboardInterrupt
 
         monkeypatch.setattr("frlkit.audit.certify.certify", stop)
@@ -481,6 +516,7 @@ def main(quiet): ...
 @main.command()
 @options.sure_to_end()
 def sweep():
+    options.goes_on_from(lambda: [options.Path(options.__file__)])
     print("there", flush=True)
     {hang}
 main(["sweep"])
@@ -504,8 +540,9 @@ main(["sweep"])
 
 
 def test_a_sweep_that_nobody_interrupts_ends_as_it_does() -> None:
-    with options.sure_to_end():
-        pass
-    with pytest.raises(KitError), options.sure_to_end():
-        raise KitError("no")
+    with click.Context(main):
+        with options.sure_to_end():
+            pass
+        with pytest.raises(KitError), options.sure_to_end():
+            raise KitError("no")
     assert signal.set_wakeup_fd(-1) == -1

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from frlkit import disk
-from frlkit.commands.options import BATCH_SIZE, DATA, DEVICE, PATH, RUNS, Choice, names_of
+from frlkit.commands.options import BATCH_SIZE, DATA, DEVICE, PATH, RUNS, Choice, goes_on_from, names_of
 
 
 class Numbers(click.ParamType):
@@ -88,7 +88,8 @@ def audit(output: Path | None, images: int | None, ladder: int, certify: int, ou
     from frlkit.report import card
 
     kept = ready(output) / "audit.json" if output else out
-    click.get_current_context().meta["resumes"] = bool(output and (ladder or certify))
+    if output:
+        goes_on_from(lambda: [output / "ladder.json", output / "certificates.json"])
     found = _audited(asked, most=images, ladder=ladder, certify=certify, path=kept)
     if output and out:
         checkpoint.write_json(out, found)
@@ -120,6 +121,7 @@ def fairer(
     WEIGHTS and --model are as in frlkit audit.
     """
     from frlkit import data
+    from frlkit import runs as place_of
     from frlkit.audit import audit as measure
     from frlkit.audit import fairer as retraining
     from frlkit.audit import readings
@@ -131,6 +133,8 @@ def fairer(
     values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
     attack = Attack() if eps is None else Attack(eps, eps / 4)
     radius = {} if eps is None else {"eps_255": eps, "step_255": eps / 4, "measure_255": eps}
+    control = f"uniform,start={place_of.own_start(read.model)}"  # what is made first
+    goes_on_from(lambda: [runs / data.folder_name(read.data.name) / control / f"seed{seed}"])
     said(read)
     given = {"reading": read.reading, "known": read.doubts, "most": images, "command": _command()}
     asked = {"recipe": recipe, "title": names.title(recipe), "seed": seed, **values, **radius}
@@ -243,9 +247,9 @@ def certify(
     from frlkit.audit import readings
 
     place = data.pick_device(device)
-    click.get_current_context().meta["resumes"] = out is not None
     if out is not None:
         ready(out.parent)
+        goes_on_from(lambda: [out])
     if target.is_dir():
         model, config = runs.read_weights(target / runs.WEIGHTS)
         if model_name not in (None, config["model"]):

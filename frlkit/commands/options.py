@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,24 @@ class Group(click.Group):
             what = "--no-deps torchattacks" if error.name == "torchattacks" else "'frlkit[notebooks]'"
             raise click.ClickException(f"this needs {error.name}, which is not installed: pip install {what}") from None
         except KeyboardInterrupt:
-            resumes = context.invoked_subcommand in ("reproduce", "train", "sweep", "fairer")
-            resumes = context.meta.get("resumes", resumes)
-            stopped = click.ClickException("interrupted" + resumes * "; the same command goes on from here")
+            stopped = click.ClickException(_interrupted(context))
             stopped.exit_code = 130
             raise stopped from None
+
+
+def goes_on_from(kept: Callable[[], Iterable[Path]]) -> None:
+    """Say of the command that is running which files, or folders, it would go on from if it were interrupted."""
+    click.get_current_context().meta["kept"] = kept
+
+
+def _interrupted(context: click.Context) -> str:
+    """What Ctrl-C says: that the command goes on, where a file is kept by now that is no lock and no draft."""
+    found = False
+    with contextlib.suppress(OSError):
+        for path in context.meta.get("kept", tuple)():
+            files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
+            found |= any(file.suffix not in (".lock", ".tmp") for file in files)
+    return "interrupted" + found * "; the same command goes on from here"
 
 
 GRACE = 10.0  # seconds
@@ -71,6 +84,7 @@ def sure_to_end() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    context = click.get_current_context()
     ours, told = socket.socketpair()
     told.setblocking(False)
 
@@ -81,7 +95,7 @@ def sure_to_end() -> Iterator[None]:
                     return  # the command has ended
             try:
                 select.select([ours], [], [], GRACE)
-                click.echo("Error: interrupted; the same command goes on from here", err=True)
+                click.echo(f"Error: {_interrupted(context)}", err=True)
             finally:
                 os._exit(130)
 

@@ -10,7 +10,7 @@ import click
 
 from frlkit import PROJECT, KitError
 from frlkit.commands.networks import READING, said
-from frlkit.commands.options import BATCH_SIZE, DATA, DEVICE, PATH, RUNS, Choice, names_of, sure_to_end
+from frlkit.commands.options import BATCH_SIZE, DATA, DEVICE, PATH, RUNS, Choice, goes_on_from, names_of, sure_to_end
 
 
 @click.command()
@@ -26,6 +26,8 @@ def reproduce(dataset: str, profile: str, retrain: bool, output: Path) -> None:
     """
     from frlkit.reproduce import reproduce as run_all
 
+    runs, own = (output / "retrained",) * 2 if retrain else (PROJECT / "checkpoints", output)
+    goes_on_from(lambda: [*own.glob("*/done.json"), *runs.rglob("checkpoint.pt")])
     click.echo(run_all(dataset, output.resolve(), retrain=retrain, profile=profile))
 
 
@@ -92,7 +94,7 @@ def train(
     from frlkit import data, distributed
     from frlkit import runs as place_of
     from frlkit.audit import fairer, readings
-    from frlkit.recipes import configure
+    from frlkit.recipes import configure, start_of
 
     values: dict[str, Any] = {"batch_size": batch_size} | ({} if epochs is None else {"epochs": epochs})
     if start is None and any(reading.values()):
@@ -112,8 +114,12 @@ def train(
                 click.echo(f"doubtful: {doubt}", err=True)
             recipe, own = fairer.going_on(recipe, read.model, read.reading["model"], read.data, batch_size)
             tensors, configs = read.data, [configure(recipe, dataset, seed, **own, **values) for seed in seeds]
-        for config in configs:
-            folder = place_of.folder(runs, recipe, config)
+        each = [(config, place_of.folder(runs, recipe, config)) for config in configs]
+        starts = [
+            place_of.start_folder(config, folder) / "checkpoint.pt" for config, folder in each if start_of(config)
+        ]
+        goes_on_from(lambda: [*(folder for _, folder in each), *starts])
+        for config, folder in each:
             place_of.run(config, tensors, folder)
             if distributed.is_main():
                 click.echo(_result(folder))
@@ -158,9 +164,9 @@ def sweep(
     from frlkit import data
     from frlkit.scale import clusters, sweeps
 
-    click.get_current_context().meta["resumes"] = not dry_run
     place = clusters.choose(backend, address, device, jobs, shares)
     planned = sweeps.plan(file, runs)
+    goes_on_from(lambda: () if dry_run else (run.folder for run in planned))
     if dry_run:
         with place as (_, workers):
             click.echo(sweeps.preview(planned, runs, workers, data.pick_device(device).type == "cuda"))
