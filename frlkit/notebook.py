@@ -26,14 +26,6 @@ class ParameterError(KitError):
     """A notebook parameter that is unknown, of the wrong type or out of range."""
 
 
-def _data_set(value: Any) -> str:
-    try:
-        data.check_name(value)
-    except KitError:
-        raise ValueError(f"one of {', '.join(data.READERS)}, or folder:PATH") from None
-    return value
-
-
 def _distinct(items: list[Any]) -> list[Any]:
     if not items or any(item in items[:place] for place, item in enumerate(items)):
         raise ValueError("a non-empty list without repeats")
@@ -46,36 +38,38 @@ def _natural_first(recipes: list[str]) -> list[str]:
     return recipes
 
 
-Seeds = Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], AfterValidator(_distinct)]
+Seeds = Annotated[list[values.Seed], AfterValidator(_distinct)]
 # Checked as a float, kept as it is: recipes are named after it, and 1 is no 1.0 there.
 Strength = Annotated[float, Field(ge=0, le=1000), WrapValidator(lambda value, check: (check(value), value)[1])]
 
 #: Every parameter of every notebook, so that one profile can serve them all, and what it may be. A notebook's own cell
 #: names those that it has, with type and help for papermill; a new parameter is declared here and there.
 PARAMETERS: dict[str, Any] = {
-    "DATASET": Annotated[str, PlainValidator(_data_set)],
+    "DATASET": Annotated[str, PlainValidator(data.check_name)],
     "RECIPES": Annotated[list[Literal[tuple(BASE)]], AfterValidator(_natural_first)],  # type: ignore[misc]
     "SEEDS": Seeds,
-    "EPOCHS": Annotated[int, Field(ge=1, le=1000)],
-    "BATCH_SIZE": Annotated[int, Field(ge=1, le=10**5)],
+    "EPOCHS": Annotated[int, Field(ge=1, le=10**5)],
+    "BATCH_SIZE": values.Count,
     "FRL_SEEDS": Seeds,
-    "FRL_EPOCHS": Annotated[int, Field(ge=0, le=1000)],  # 0: each recipe's own
+    "FRL_EPOCHS": Annotated[int, Field(ge=0, le=10**5)],  # 0: each recipe's own
     "REPORT_SEEDS": Seeds,
     "ALPHAS": Annotated[list[Strength], AfterValidator(_distinct)],
     "GRID_SEEDS": Seeds,
     "ATTACKED": Annotated[int, Field(ge=0, le=10**6)],
-    "IMAGES": Annotated[int, Field(ge=1, le=10**6)],
+    "IMAGES": values.Count,
     "RADII": Annotated[list[Annotated[float, Field(gt=0, le=255)]], AfterValidator(_distinct)],
     "ROUNDS": Annotated[int, Field(ge=0, le=100)],
     "WEIGHTS": str,
     "MODEL": str,  # `configure` says which there are
     "NETWORK": str,  # `readings.read` says which there are
-    "DATA": Annotated[str, PlainValidator(_data_set)],  # of one's own model, as are its neighbours: no profile sets it
+    "DATA": Annotated[
+        str, PlainValidator(data.check_name)
+    ],  # of one's own model, as are its neighbours: no profile sets it
     "RETRAIN_SEEDS": Seeds,
-    "RETRAIN_EPOCHS": Annotated[int, Field(ge=0, le=1000)],
+    "RETRAIN_EPOCHS": Annotated[int, Field(ge=0, le=10**5)],
     "CUT_IMAGES": Annotated[int, Field(ge=0, le=10**6)],
     "SECONDS": Annotated[float, Field(ge=0, le=86400)],
-    "SEED": Annotated[int, Field(ge=0, le=10**6)],
+    "SEED": values.Seed,
     "SAMPLES": Annotated[int, Field(ge=1000, le=10**6)],
     "GD_STEPS": Annotated[int, Field(ge=10, le=10**5)],
     "DEVICE": Literal["auto", "cpu", "cuda"],
@@ -136,11 +130,14 @@ def _checked(name: str, value: Any) -> Any:
     except ValidationError as error:
         rule = error.errors(include_url=False)[0].get("ctx", {}).get("error")  # a function's above, in its own words
         words = rule or values.allowed(FieldInfo.from_annotation(kind))
+        said = f"parameter {name} = {value!r} is not allowed: use {words}"
+        if isinstance(rule, KitError):  # of a data set's name
+            said = str(rule).replace("dataset", f"parameter {name}", 1)
     plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     plain = get_origin(plain) or plain  # int, list, ...
     hint = HINTS.get(plain, ", without quotes" if plain is int and isinstance(value, str) else "").format(name)
     right_type = plain is Literal or isinstance(value, plain)
-    raise ParameterError(f"parameter {name} = {value!r} is not allowed: use {words}{'' if right_type else hint}")
+    raise ParameterError(said if right_type else said + hint)
 
 
 def folder(path: str, default: str, *, drive: bool = False) -> Path:

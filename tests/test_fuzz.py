@@ -38,7 +38,7 @@ VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dict
 
 ALLOWED: dict[str, Callable[[Any], bool]] = {  # a parameter, and what its rule must have let through
     "DATASET": lambda value: value in data.READERS or value.startswith("folder:"),
-    "EPOCHS": lambda value: type(value) is int and 1 <= value <= 1000,
+    "EPOCHS": lambda value: type(value) is int and 1 <= value <= 10**5,
     "ATTACKED": lambda value: type(value) is int and 0 <= value <= 10**6,
     "DEVICE": lambda value: value in ("auto", "cpu", "cuda"),
     "DRIVE": lambda value: value is True or value is False,
