@@ -11,7 +11,7 @@ from frlkit.commands.options import Group
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors; may stand behind a command, too.")
 def main(quiet: bool) -> None:
     """Class-wise adversarial robustness and Fair Robust Learning: a reproduction kit.
 

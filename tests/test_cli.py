@@ -372,6 +372,11 @@ class TestVerify:
         assert result.exit_code == 0, result.output
         assert "  0.00 points  natural/seed0" in result.stdout
         assert result.stdout.endswith("1 runs recomputed; largest class-wise difference 0.00 points\n")
+        words = ("verify", "--dataset", "digits", "--runs", made, "--recipe")
+        assert "1 runs recomputed" in call(*words, "trades", "--recipe", "natural/seed0").stdout
+        assert "no finished runs of digits whose recipe begins with natural/seed1" in sentence(
+            call(*words, "natural/seed1")
+        )
 
     def test_an_altered_record(self, made: Path) -> None:
         path = made / "digits" / "natural" / "seed0" / "record.json"
@@ -449,10 +454,13 @@ group(["say"])
         assert process.returncode == 0
 
 
-def test_quiet_prints_nothing_but_errors(tmp_path: Path) -> None:
+def test_quiet_prints_nothing_but_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--dataset", "digits", "--epochs", "1", "--runs", tmp_path)
-    result = call("-q", "train", "natural", *words)
-    assert (result.exit_code, result.output) == (0, "")
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *a, **b: print("images become 32x32", file=sys.stderr) or load(*a, **b))
+    for line in (("-q", "train", "natural", *words), ("train", "natural", *words, "-q")):
+        result = call(*line)
+        assert (result.exit_code, result.output) == (0, "")
     assert (tmp_path / "digits" / "natural" / "seed0" / "record.json").exists()
     assert sentence(call("--quiet", "train", "fgsm", *words)).startswith("Error: recipe = 'fgsm' is unknown")
 

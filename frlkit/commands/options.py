@@ -33,10 +33,17 @@ class Group(click.Group):
                 stream.reconfigure(errors="replace")
         return super().main(*values, **named)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """``-q`` holds for every command, so it may stand behind one, too."""
+        quiet = [word for word in args if word in ("-q", "--quiet")]
+        return super().parse_args(ctx, quiet[:1] + [word for word in args if word not in quiet])
+
     def invoke(self, context: click.Context) -> Any:
         quiet = context.params["quiet"]
         try:
-            with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext(), unwatched(quiet):
+            with contextlib.ExitStack() as silence, unwatched(quiet):
+                for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) if quiet else ():
+                    silence.enter_context(redirect(io.StringIO()))  # an error is shown outside
                 return super().invoke(context)
         except BrokenPipeError:  # of `| head`: click knows what to do
             raise
@@ -95,7 +102,7 @@ def sure_to_end() -> Iterator[None]:
                     return  # the command has ended
             try:
                 select.select([ours], [], [], GRACE)
-                click.echo(f"Error: {_interrupted(context)}", err=True)
+                click.echo(f"Error: {_interrupted(context)}", file=sys.__stderr__)  # also where -q silences the other
             finally:
                 os._exit(130)
 

@@ -208,6 +208,9 @@ def table(runs: tuple[Path, ...], kind: str, output: Path | None) -> None:
 @DATA
 @RUNS
 @click.option(
+    "--recipe", "begins", multiple=True, default=("",), help="Only runs whose RECIPE/seedN begins so; repeat."
+)
+@click.option(
     "--tolerance",
     type=click.FloatRange(0),
     default=0.5,
@@ -215,25 +218,30 @@ def table(runs: tuple[Path, ...], kind: str, output: Path | None) -> None:
     help="Percentage points that one class may differ by.",
 )
 @DEVICE
-def verify(dataset: str, runs: Path, tolerance: float, device: str) -> None:
+def verify(dataset: str, runs: Path, begins: tuple[str, ...], tolerance: float, device: str) -> None:
     """Attack the weights of every finished run again and compare with its record; print the largest difference.
 
     Float rounding may flip single images on another processor, and a GPU's random starts are others than a CPU's, hence
     the tolerance: an image of a class of 60 is 1.67 points.
     """
+    from tqdm import tqdm
+
     from frlkit import data
     from frlkit.report.studies import verify as recompute
     from frlkit.runs import WEIGHTS
 
     differences = []
-    for folder, difference in recompute(runs, data.load(dataset, device=data.pick_device(device))):
+    for folder, difference in recompute(runs, data.load(dataset, device=data.pick_device(device)), begins):
         if difference is None:
-            click.echo(f"left out, a network of one's own (frlkit audit {folder / WEIGHTS} --model ...)")
+            tqdm.write(f"left out, a network of one's own (frlkit audit {folder / WEIGHTS} --model ...)")
             continue
         differences.append(100 * difference)
-        click.echo(f"{differences[-1]:6.2f} points  {folder.parent.name}/{folder.name}")
+        tqdm.write(f"{differences[-1]:6.2f} points  {folder.parent.name}/{folder.name}")
     if not differences:
-        raise KitError(f"there are no finished runs of {dataset} under {runs}: train them, or name another --runs")
+        which = f" whose recipe begins with {' or '.join(begins)}" if any(begins) else ""
+        raise KitError(
+            f"there are no finished runs of {dataset}{which} under {runs}: train them, or name another --runs"
+        )
     click.echo(f"{len(differences)} runs recomputed; largest class-wise difference {max(differences):.2f} points")
     if not max(differences) <= tolerance:
         raise KitError(

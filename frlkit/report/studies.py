@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from frlkit import KitError, checkpoint, models, records, runs
+from frlkit import KitError, checkpoint, models, records, runs, watched
 from frlkit.data import Dataset, folder_name
 from frlkit.evaluation import BATCH, Attack, predictions
 from frlkit.recipes import BASE, FAIR, RECIPES, Config, configure, described
@@ -159,14 +160,17 @@ def recheck(found: Records, recipe: str, folder: Path, tensors: Dataset, **lengt
     return f"{recipe}: recomputed on this machine{some}, agrees with its record"
 
 
-def verify(folder: Path, tensors: Dataset) -> Iterator[tuple[Path, float | None]]:
+def verify(folder: Path, tensors: Dataset, begins: Sequence[str] = ("",)) -> Iterator[tuple[Path, float | None]]:
     """Every finished run of this data set under `folder`, recomputed: its folder, the largest class-wise difference.
 
+    Only those whose RECIPE/seedN begins with one of `begins`. A bar counts them where a person watches.
     The difference is None where the network is somebody's own and not lent here. Raises `KitError` where a file is
     damaged, or its record belongs to other weights or images.
     """
     own = tensors
-    for place in runs.finished(folder / folder_name(tensors.name)):
+    found = runs.finished(folder / folder_name(tensors.name))
+    asked = [place for place in found if "/".join(place.parts[-2:]).startswith(tuple(begins))]
+    for place in tqdm(asked, unit="run", leave=False, disable=not watched()):
         record = records.read(place / "record.json")
         if models.elsewhere(str(record.get("config", {}).get("model"))):
             yield place, None
