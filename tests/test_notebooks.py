@@ -63,12 +63,11 @@ REFUSED = pytest.mark.parametrize(
 )
 
 
-@REFUSED
-def test_papermill_refuses_a_bad_parameter_in_one_line(name: str, value: str, words: list[str], tmp_path: Path) -> None:
-    done = command("papermill", THEORY, tmp_path / "out.ipynb", "-p", name, value, "--no-progress-bar", cwd=tmp_path)
+def test_papermill_refuses_a_bad_parameter_in_one_line(tmp_path: Path) -> None:
+    done = command("papermill", THEORY, tmp_path / "out.ipynb", "-p", "sed", "3", "--no-progress-bar", cwd=tmp_path)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ParameterError: ")]
-    assert all(word in line for word in words)
+    assert "unknown parameter 'sed'" in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]  # refused before anything was made
 
 
