@@ -371,9 +371,9 @@ class TestVerify:
         result = call("verify", "--dataset", "digits", "--runs", made)
         assert result.exit_code == 0, result.output
         assert "  0.00 points  natural/seed0" in result.stdout
-        assert result.stdout.endswith("1 runs recomputed; largest class-wise difference 0.00 points\n")
+        assert result.stdout.endswith("1 run recomputed; largest class-wise difference 0.00 points\n")
         words = ("verify", "--dataset", "digits", "--runs", made, "--recipe")
-        assert "1 runs recomputed" in call(*words, "trades", "--recipe", "natural/seed0").stdout
+        assert "1 run recomputed" in call(*words, "trades", "--recipe", "natural/seed0").stdout
         assert "no finished runs of digits whose recipe begins with natural/seed1" in sentence(
             call(*words, "natural/seed1")
         )

@@ -242,7 +242,8 @@ def verify(dataset: str, runs: Path, begins: tuple[str, ...], tolerance: float, 
         raise KitError(
             f"there are no finished runs of {dataset}{which} under {runs}: train them, or name another --runs"
         )
-    click.echo(f"{len(differences)} runs recomputed; largest class-wise difference {max(differences):.2f} points")
+    runs_of = "1 run" if len(differences) == 1 else f"{len(differences)} runs"
+    click.echo(f"{runs_of} recomputed; largest class-wise difference {max(differences):.2f} points")
     if not max(differences) <= tolerance:
         raise KitError(
             f"a record differs by {max(differences):.2f} points, more than --tolerance {tolerance:g}: delete that run "
