@@ -62,9 +62,8 @@ PARAMETERS: dict[str, Any] = {
     "WEIGHTS": str,
     "MODEL": str,  # `configure` says which there are
     "NETWORK": str,  # `readings.read` says which there are
-    "DATA": Annotated[
-        str, PlainValidator(data.check_name)
-    ],  # of one's own model, as are its neighbours: no profile sets it
+    # of one's own model, as are its neighbours: no profile sets it
+    "DATA": Annotated[str, PlainValidator(data.check_name)],
     "RETRAIN_SEEDS": Seeds,
     "RETRAIN_EPOCHS": Annotated[int, Field(ge=0, le=10**5)],
     "CUT_IMAGES": Annotated[int, Field(ge=0, le=10**6)],

@@ -11,7 +11,7 @@ import numpy as np
 from frlkit import PROJECT, records, runs
 from frlkit.evaluation import STANDARD, Attack
 from frlkit.recipes import RECIPES
-from frlkit.report import names, studies, tables
+from frlkit.report import names, rules, studies, tables
 
 HEAD = """# Model card
 
@@ -63,7 +63,7 @@ def _images(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def _failures(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """How badly the worst classes do under the standard attack, which recipes lose a class, and how few seeds have."""
-    attack, fewest = Attack(tables.radius(found)), 5  # seeds that a verdict takes
+    attack, fewest = Attack(tables.radius(found)), rules.FEWEST_SEEDS
     every = [(recipe, record) for recipe, seeds in found.items() for record in seeds]
     robust = [(recipe, studies.robust_errors(record, attack.eps_255).max()) for recipe, record in every]
     said = f"under {attack}, the worst class of each model is wrong on at least "
